@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EfficientLoFTR as a differentiable geometry operator for kornia."""
+
+from eloftr_ops._version import __version__
+from eloftr_ops.config import EfficientLoFTRConfig
+from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.types import Features, Matches
+
+__all__ = ["EfficientLoFTR", "EfficientLoFTRConfig", "Features", "Matches", "__version__"]

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what users pass in, made once, at the public layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eloftr_ops.types import Features
+
+MIN_SIZE = 32
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_image(name: str, image: Any, device: torch.device) -> Tensor:
+    """A batch of gray images: (B, 1, H, W) floating point in [0, 1], H and W at least 32, finite.
+
+    Raises:
+        TypeError: not a tensor, or not floating point.
+        ValueError: another shape, size, range or device, or values that are not finite.
+    """
+    if not isinstance(image, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor of shape (B, 1, H, W), got {type(image).__name__}.")
+    if image.ndim != 4:
+        hint = " Add the batch dimension: image[None]." if image.ndim == 3 else ""
+        raise ValueError(f"{name}: expected shape (B, 1, H, W), got {tuple(image.shape)}.{hint}")
+    if image.shape[1] != 1:
+        hint = " Convert it with kornia.color.rgb_to_grayscale(image)." if image.shape[1] == 3 else ""
+        raise ValueError(f"{name}: expected one gray channel, (B, 1, H, W), got {tuple(image.shape)}.{hint}")
+    if image.dtype not in _FLOATS:
+        hint = " Scale it: image.float() / 255." if image.dtype == torch.uint8 else ""
+        raise TypeError(f"{name}: expected a floating point image in [0, 1], got {image.dtype}.{hint}")
+    if min(image.shape[-2:]) < MIN_SIZE:
+        raise ValueError(
+            f"{name}: expected height and width of at least {MIN_SIZE} pixels, got {tuple(image.shape[-2:])}. "
+            "Resize or pad the image."
+        )
+    _check_device(name, image, device)
+    _check_range(name, image)
+    return image
+
+
+def check_mask(name: str, mask: Any, image_name: str, shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """A mask at the size of its image: (B, H, W), bool, or numbers of which zero means masked.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: another shape or device, or NaN.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor of shape (B, H, W), got {type(mask).__name__}.")
+    if tuple(mask.shape) != shape:
+        raise ValueError(
+            f"{name}: expected the size of {image_name}, (B, H, W) = {shape}, got {tuple(mask.shape)}. "
+            "Masks are given at image resolution."
+        )
+    _check_device(name, mask, device)
+    if mask.is_floating_point() and not _all_finite(mask):
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity. Pass a bool mask.")
+    return mask != 0
+
+
+def check_features(name: str, features: Any, widths: tuple[int, ...], device: torch.device) -> Features:
+    """What ``extract_features`` of a model of the same widths returned.
+
+    Raises:
+        TypeError: something else.
+        ValueError: maps of another model, or on another device.
+    """
+    if not isinstance(features, Features):
+        raise TypeError(
+            f"{name}: expected the Features that extract_features() returns, got {type(features).__name__}."
+        )
+    got = tuple(x.shape[1] for x in (features.half, features.quarter, features.coarse))
+    if got != widths:
+        raise ValueError(f"{name}: expected maps of {widths} channels, got {got}. Extract them with this model.")
+    _check_device(name, features.coarse, device)
+    return features
+
+
+def check_pair(data: Any) -> None:
+    """Each side of the pair given once, as an image or as features; no unknown keys.
+
+    Raises:
+        TypeError: not a mapping.
+        ValueError: a side missing or given twice, a mask beside features, an unknown key.
+    """
+    if not isinstance(data, Mapping):
+        raise TypeError(f'data: expected a dict with "image0" and "image1", got {type(data).__name__}.')
+    known = {f"{kind}{side}" for kind in ("image", "features", "mask") for side in "01"}
+    unknown = sorted(str(key) for key in data if key not in known)
+    if unknown:
+        raise ValueError(f"data: expected keys among {', '.join(sorted(known))}, got {', '.join(unknown)}.")
+    for side in "01":
+        if (f"image{side}" in data) == (f"features{side}" in data):
+            which = "both" if f"image{side}" in data else "neither"
+            raise ValueError(f'data: expected exactly one of "image{side}" and "features{side}", got {which}.')
+        if f"mask{side}" in data and f"image{side}" not in data:
+            raise ValueError(
+                f'mask{side}: expected together with "image{side}". Give the mask to extract_features instead.'
+            )
+
+
+def check_same_batch(features0: Features, features1: Features) -> None:
+    """Both sides hold the same number of images.
+
+    Raises:
+        ValueError: they do not.
+    """
+    batch0, batch1 = features0.coarse.shape[0], features1.coarse.shape[0]
+    if batch0 != batch1:
+        raise ValueError(
+            f"data: expected the same batch size on both sides, got {batch0} and {batch1}. "
+            "To match one image against many, expand its features."
+        )
+
+
+def _check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name}: expected on the model's device {device}, got {x.device}. Move it with .to({device!s}).")
+
+
+def _check_range(name: str, image: Tensor) -> None:
+    """One reduction and, on a GPU, one synchronisation: cheap beside the backbone. Skipped while compiling."""
+    if torch.compiler.is_compiling() or image.numel() == 0:
+        return
+    low, high = (float(v) for v in torch.aminmax(image.detach()))
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # also false for NaN; the slack is for resampling and rounding
+        if low != low or high != high or abs(low) == float("inf") or abs(high) == float("inf"):
+            raise ValueError(f"{name}: expected finite values in [0, 1], got NaN or infinity.")
+        raise ValueError(f"{name}: expected values in [0, 1], got [{low:g}, {high:g}]. Scale the image, e.g. by 1/255.")
+
+
+def _all_finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())

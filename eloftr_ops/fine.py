@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine matching: a feature pyramid to half resolution, then positions in the windows of matched cells.
+
+The arg-max pixel is the second place where gradients stop by nature; ``positions`` says how each mode carries on.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eloftr_kernels import WindowMatches
+from eloftr_ops.config import EfficientLoFTRConfig, GradientMode
+from eloftr_ops.types import CoarseMatches, CoarseScores
+
+CELL = 8  # pixels per coarse cell
+
+
+class FeaturePyramid(nn.Module):
+    """Fuse the transformer output with the backbone maps, up to half resolution (section 3.4).
+
+    The last upsampling, to the resolution of the image, is left to the windows: only matched cells pay for it.
+    """
+
+    def __init__(self, config: EfficientLoFTRConfig) -> None:
+        super().__init__()
+        _, half, quarter, coarse = config.stage_channels
+        self.scale = 1 / math.sqrt(coarse)
+        self.coarse_projection = nn.Conv2d(coarse, coarse, 1, bias=False)
+        self.quarter_projection = nn.Conv2d(quarter, coarse, 1, bias=False)
+        self.quarter_fusion = _fusion(coarse, quarter)
+        self.half_projection = nn.Conv2d(half, quarter, 1, bias=False)
+        self.half_fusion = _fusion(quarter, half)
+
+    def forward(self, coarse: Tensor, quarter: Tensor, half: Tensor) -> Tensor:
+        """(B, C, h, w), (B, C2, 2h, 2w), (B, C1, 4h, 4w) -> (B, C1, 4h, 4w)."""
+        x = _upsample(self.coarse_projection(coarse * self.scale))
+        x = _upsample(self.quarter_fusion(x + self.quarter_projection(quarter)))
+        return self.half_fusion(x + self.half_projection(half))  # type: ignore[no-any-return]
+
+
+def positions(
+    coarse: CoarseMatches,
+    fine: WindowMatches,
+    scores: CoarseScores,
+    grid0: tuple[int, int],
+    grid1: tuple[int, int],
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+    mode: GradientMode,
+    config: EfficientLoFTRConfig,
+) -> tuple[Tensor, Tensor]:
+    """Keypoints (M, 2), (x, y) pixels, centre of pixel (x, y) at (x + 0.5, y + 0.5).
+
+    ``hard``: cell + arg-max pixel (+ sub-pixel offset in image 1). ``soft``: expectations over the window's joint
+    probability and over the coarse neighbourhood take the place of both arg-maxes. ``straight_through``: the values
+    of ``hard``, the gradient of ``soft``.
+    """
+    dtype = fine.subpixel1.dtype
+    cell0, cell1 = cell_positions(coarse.cells0, grid0, dtype), cell_positions(coarse.cells1, grid1, dtype)
+    hard0, hard1 = cell0 + fine.pixel0, cell1 + fine.pixel1 + fine.subpixel1
+    if mode == "hard":
+        return hard0, hard1
+    if fine.expected0 is None or fine.expected1 is None:
+        raise ValueError(f"fine: expected window expectations for mode {mode!r}, got none.")
+    drift0 = _neighbourhood_drift(scores, coarse, 0, grid0, mask0, config)
+    drift1 = _neighbourhood_drift(scores, coarse, 1, grid1, mask1, config)
+    soft0 = cell0 + drift0 + fine.expected0
+    soft1 = cell1 + drift1 + fine.expected1 + fine.subpixel1
+    if mode == "soft":
+        return soft0, soft1
+    return hard0.detach() + (soft0 - soft0.detach()), hard1.detach() + (soft1 - soft1.detach())
+
+
+def cell_positions(cells: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """(M,) flat cells -> (M, 2) frame positions 8 * (column, row)."""
+    return CELL * torch.stack([cells % grid[1], cells // grid[1]], -1).to(dtype)
+
+
+def _neighbourhood_drift(
+    scores: CoarseScores,
+    coarse: CoarseMatches,
+    side: int,
+    grid: tuple[int, int],
+    mask: Tensor | None,
+    config: EfficientLoFTRConfig,
+) -> Tensor:
+    """(M, 2) expected offset, in pixels, over the coarse cells around the match in image ``side``.
+
+    The probability is the softmax of the coarse scores of the partner cell against the neighbourhood, the coarse
+    counterpart of the window expectation: it is what lets a position move coarse features.
+    """
+    radius = config.soft_neighbourhood // 2
+    if side == 0:
+        anchors, features, cells, partners = scores.features1, scores.features0, coarse.cells0, coarse.cells1
+    else:
+        anchors, features, cells, partners = scores.features0, scores.features1, coarse.cells1, coarse.cells0
+    height, width = grid
+    line = torch.arange(-radius, radius + 1, device=cells.device)
+    offsets = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).flatten(0, 1)  # (K, 2)
+    x = (cells % width)[:, None] + offsets[:, 0]
+    y = (cells // width)[:, None] + offsets[:, 1]
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    neighbours = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
+    batch = coarse.batch[:, None]
+    if mask is not None:
+        inside = inside & mask.flatten(1)[batch, neighbours]
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    query, keys = anchors[coarse.batch, partners].to(dtype), features[batch, neighbours].to(dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        logits = (keys @ query[:, :, None])[..., 0] / config.temperature
+        probability = F.softmax(logits.masked_fill(~inside, -torch.inf), 1)  # the match itself is always inside
+        return probability @ (CELL * offsets).to(dtype)
+
+
+def _fusion(channels: int, channels_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.LeakyReLU(),
+        nn.Conv2d(channels, channels_out, 3, padding=1, bias=False),
+    )
+
+
+def _upsample(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Supervised matching losses at true pairs (EfficientLoFTR, section 3.5), in memory linear in the cells.
+
+Nothing here looks at the (L, S) matrix: the confidence of true pairs comes from the streaming log-sum-exps, the
+windows are those of a sample of true pairs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eloftr_kernels import pair_scores
+from eloftr_kernels.window_match import pixel_log_joint, subpixel_expectation, windows
+from eloftr_ops.config import EfficientLoFTRConfig
+from eloftr_ops.training.supervision import CoarsePairs, WindowTargets
+from eloftr_ops.types import CoarseScores
+
+
+class MatchingLosses(NamedTuple):
+    """Scalars; each is zero, with zero gradient, where the batch has no true pair."""
+
+    coarse: Tensor  # focal loss of the dual-softmax confidence at true pairs
+    pixel: Tensor  # negative log-likelihood of the true pixel pairs in their windows
+    subpixel: Tensor  # squared distance in pixels of the 3x3 expectation from the true offset
+
+
+def coarse_focal_loss(
+    scores: CoarseScores,
+    pairs: CoarsePairs,
+    config: EfficientLoFTRConfig,
+    *,
+    gamma: float = 2.0,
+) -> tuple[Tensor, Tensor]:
+    r"""Mean of :math:`-(1 - c)^\gamma \log c` over true pairs, c their dual-softmax confidence.
+
+    Evaluated from :math:`\log c`, so value and gradient stay finite at c = 0 and c = 1. No pair: zero.
+
+    Returns:
+        The loss, and the mean of c (without gradient) to watch.
+    """
+    log_confidence = pair_scores(
+        scores.features0,
+        scores.features1,
+        config.temperature,
+        *pairs,
+        scores.row_lse,
+        scores.col_lse,
+    ).clamp(max=0)  # rounding can put a certain pair above probability one
+    weight = (-torch.expm1(log_confidence)).pow(gamma)
+    return _mean(-weight * log_confidence), _mean(log_confidence.detach().exp())
+
+
+def window_losses(
+    fine0: Tensor,
+    fine1: Tensor,
+    pairs: CoarsePairs,
+    targets: WindowTargets,
+    config: EfficientLoFTRConfig,
+) -> tuple[Tensor, Tensor]:
+    """Pixel-level and sub-pixel loss in the windows of true pairs.
+
+    Args:
+        fine0: (B, D, 4h0, 4w0) fused fine map.
+        fine1: (B, D, 4h1, 4w1).
+        pairs: the M cell pairs whose windows are looked at.
+        targets: (M, 64) true pixel of image 1 for each window pixel of image 0, and the offset left over.
+        config: channel split and temperatures.
+
+    Returns:
+        Two scalars, zero where there is no target.
+    """
+    channels, kept = fine0.shape[1], config.subpixel_channels
+    windows0 = windows(fine0, pairs.batch, pairs.cells0, ring=0)
+    windows1 = windows(fine1, pairs.batch, pairs.cells1, ring=1)
+    log_joint = pixel_log_joint(windows0[..., :-kept], windows1[..., :-kept], channels)
+    match, pixel0 = targets.visible.nonzero(as_tuple=True)
+    pixel1, offset = targets.pixels1[match, pixel0], targets.offsets[match, pixel0]
+    pixel = _mean(-log_joint[match, pixel0, pixel1])
+    expected = subpixel_expectation(
+        windows0[..., -kept:],
+        windows1[..., -kept:],
+        pixel0,
+        pixel1,
+        config.subpixel_temperature,
+        config.centred_subpixel,
+        match,
+    )
+    return pixel, _mean((expected - offset).square().sum(-1))
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.sum() / max(1, x.numel())

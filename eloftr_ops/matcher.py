@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EfficientLoFTR: two images in, semi-dense matches out. The forward reads as the paper's figure 2."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eloftr_kernels import window_match
+from eloftr_ops.backbone import RepVGG
+from eloftr_ops.checks import check_features, check_image, check_mask, check_pair, check_same_batch
+from eloftr_ops.coarse import best_cells, score_cells, select_matches
+from eloftr_ops.config import EfficientLoFTRConfig, GradientMode
+from eloftr_ops.fine import FeaturePyramid, positions
+from eloftr_ops.transformer import CoarseTransformer
+from eloftr_ops.types import BestCells, CoarseScores, Features, Matches
+
+SIZE_MULTIPLE = 32  # of the padded image: 4x4 aggregation of cells of 8x8 pixels
+
+
+class PairMaps(NamedTuple):
+    """Dense result for a batch of pairs, before any match is selected: static shapes, one graph."""
+
+    coarse0: Tensor  # (B, C, h0, w0) after the transformer
+    coarse1: Tensor  # (B, C, h1, w1)
+    mask0: Tensor | None  # (B, h0, w0) bool
+    mask1: Tensor | None  # (B, h1, w1) bool
+    scores: CoarseScores
+    best: BestCells | None  # None in training, which scores true pairs and selects none
+
+
+class EfficientLoFTR(nn.Module):
+    r"""Semi-dense matcher of two images, differentiable in both keypoint sets and in the confidence.
+
+    Wang, He, Peng, Tan, Zhou: "Efficient LoFTR: Semi-Dense Local Feature Matching with Sparse-Like Speed", CVPR 2024.
+
+    Convention:
+        - images: gray, (B, 1, H, W), floating point in [0, 1]; the two sizes may differ; any size of at least 32
+          (completed inside with masked pixels to multiples of 32).
+        - keypoints: (x, y) in pixels of the image as given, in the authors' frame, which is also
+          ``kornia.feature.LoFTR``'s: the centre of pixel (x, y) is (x + 0.5, y + 0.5). Subtract 0.5 for the frame with
+          integer centres (OpenCV, the rest of kornia): ``geometry.to_integer_centers``.
+        - masks: (B, H, W), zero where there is no image; of any shape. What lies under a mask does not matter, and no
+          keypoint lies on it.
+        - confidence: dual-softmax probability of the coarse pair, in (threshold, 1]; raw similarity for
+          ``score="similarity"``.
+        - dtypes: keypoints and confidence are float32 for float32, float16 and bfloat16 models, float64 for float64.
+        - a batch gives what its pairs give one by one.
+
+    Gradient:
+        ``confidence`` carries gradient to both images in every mode. ``keypoints0`` and ``keypoints1``: see
+        :func:`eloftr_ops.fine.positions` and ``docs/differentiability.md``.
+
+    Args:
+        config: architecture and matching parameters; the authors' model by default.
+        fused: build the backbone with re-parameterised blocks (inference form).
+    """
+
+    def __init__(self, config: EfficientLoFTRConfig | None = None, *, fused: bool = False) -> None:
+        super().__init__()
+        self.config = config if config is not None else EfficientLoFTRConfig()
+        self.backbone = RepVGG(self.config, fused=fused)
+        self.transformer = CoarseTransformer(self.config)
+        self.pyramid = FeaturePyramid(self.config)
+
+    def forward(self, data: Mapping[str, Any], *, mode: GradientMode | None = None) -> dict[str, Tensor]:
+        """Match a batch of pairs; the dictionaries are those of ``kornia.feature.LoFTR``.
+
+        Args:
+            data: ``image0`` (B, 1, H0, W0) and ``image1`` (B, 1, H1, W1), or ``features0`` / ``features1`` of
+                :meth:`extract_features` in place of either; optionally ``mask0`` (B, H0, W0), ``mask1`` (B, H1, W1).
+            mode: ``hard``, ``straight_through`` or ``soft``; default ``config.gradient_mode``.
+
+        Returns:
+            ``keypoints0`` (M, 2), ``keypoints1`` (M, 2), ``confidence`` (M,), ``batch_indexes`` (M,) int64 ascending.
+            M = 0 when nothing matches.
+
+        Raises:
+            ValueError: shapes, sizes, ranges, devices or keys other than these.
+            TypeError: types or dtypes other than these.
+        """
+        mode = self.config.replace(gradient_mode=mode or self.config.gradient_mode).gradient_mode
+        features0, features1 = self._pair_features(data)
+        maps = self.match_maps(features0, features1)
+        return self.matches_from_maps(features0, features1, maps, mode)._asdict()
+
+    def extract_features(self, image: Tensor, mask: Tensor | None = None) -> Features:
+        """The part of matching that one image needs alone: keep it to match the image against many.
+
+        Args:
+            image: (B, 1, H, W) in [0, 1].
+            mask: (B, H, W), zero where there is no image.
+
+        Raises:
+            ValueError, TypeError: as :meth:`forward`.
+        """
+        image = check_image("image", image, self._device)
+        if mask is not None:
+            mask = check_mask("mask", mask, "image", (image.shape[0], *image.shape[-2:]), self._device)
+        return self._extract(image, mask)
+
+    def match_maps(self, features0: Features, features1: Features, *, with_best: bool = True) -> PairMaps:
+        """Transformer and streaming coarse scores: everything before a match is selected; compiles as one graph."""
+        mask0, mask1 = features0.coarse_mask, features1.coarse_mask
+        coarse0, coarse1 = self.transformer(features0.coarse, features1.coarse, mask0, mask1)
+        scores = score_cells(coarse0, coarse1, mask0, mask1, self.config)
+        best = best_cells(scores, mask0, mask1, self.config) if with_best else None
+        return PairMaps(coarse0, coarse1, mask0, mask1, scores, best)
+
+    def matches_from_maps(
+        self, features0: Features, features1: Features, maps: PairMaps, mode: GradientMode
+    ) -> Matches:
+        """Select coarse matches and refine them in their fine windows."""
+        if maps.best is None:
+            raise ValueError("maps: expected match_maps(..., with_best=True), got maps without best cells.")
+        grid0, grid1 = _grid(maps.coarse0), _grid(maps.coarse1)
+        coarse = select_matches(maps.scores, maps.best, grid0, grid1, maps.mask0, maps.mask1, self.config)
+        fine0, fine1 = self.fine_maps(features0, features1, maps)
+        fine = window_match(
+            fine0,
+            fine1,
+            coarse.batch,
+            coarse.cells0,
+            coarse.cells1,
+            self.config.subpixel_channels,
+            self.config.subpixel_temperature,
+            self.config.centred_subpixel,
+            None if mode == "hard" else self.config.soft_temperature,
+        )
+        keypoints0, keypoints1 = positions(
+            coarse, fine, maps.scores, grid0, grid1, maps.mask0, maps.mask1, mode, self.config
+        )
+        matches = Matches(keypoints0, keypoints1, coarse.confidence, coarse.batch)
+        return _on_image(matches, features0, features1)
+
+    def fine_maps(self, features0: Features, features1: Features, maps: PairMaps) -> tuple[Tensor, Tensor]:
+        """Fused fine features at half resolution, (B, D, 4h, 4w) per image."""
+        if maps.coarse0.shape == maps.coarse1.shape:
+            pairs = ((maps.coarse0, maps.coarse1), features0[1::-1], features1[1::-1])
+            coarse = torch.cat(pairs[0])
+            quarter, half = (torch.cat(maps_of_scale) for maps_of_scale in zip(pairs[1], pairs[2], strict=True))
+            fine0, fine1 = self.pyramid(coarse, quarter, half).chunk(2)
+            return fine0, fine1
+        return (
+            self.pyramid(maps.coarse0, features0.quarter, features0.half),
+            self.pyramid(maps.coarse1, features1.quarter, features1.half),
+        )
+
+    def fuse(self) -> EfficientLoFTR:
+        """A copy for inference, its RepVGG branches folded into single convolutions, in evaluation mode."""
+        copied = copy.deepcopy(self).eval()
+        copied.backbone.fuse()
+        return copied
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str] = "small", **options: Any) -> EfficientLoFTR:
+        """A model with trained weights, in evaluation mode; see :func:`eloftr_ops.weights.load_pretrained`."""
+        from eloftr_ops.weights import load_pretrained
+
+        return load_pretrained(name_or_path, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        """Write a folder that :meth:`from_pretrained` loads; see :func:`eloftr_ops.weights.save_pretrained`."""
+        from eloftr_ops.weights import save_pretrained
+
+        save_pretrained(self, folder, **options)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def _pair_features(self, data: Mapping[str, Any]) -> tuple[Features, Features]:
+        """Features of both sides: given, or extracted, in one pass of the backbone where the images allow it."""
+        check_pair(data)
+        images: list[Tensor | None] = []
+        masks: list[Tensor | None] = []
+        for side in "01":
+            image = mask = None
+            if f"image{side}" in data:
+                image = check_image(f"image{side}", data[f"image{side}"], self._device)
+            if image is not None and data.get(f"mask{side}") is not None:
+                shape = (image.shape[0], *image.shape[-2:])
+                mask = check_mask(f"mask{side}", data[f"mask{side}"], f"image{side}", shape, self._device)
+            images.append(image)
+            masks.append(mask)
+        image0, image1 = images
+        if image0 is not None and image1 is not None and image0.shape == image1.shape and masks == [None, None]:
+            return self._extract(torch.cat([image0, image1]), None).split()
+        features = []
+        for side, image, mask in zip("01", images, masks, strict=True):
+            if image is not None:
+                features.append(self._extract(image, mask))
+            else:
+                widths = self.config.stage_channels[1:]
+                features.append(check_features(f"features{side}", data[f"features{side}"], widths, self._device))
+        check_same_batch(*features)
+        return features[0], features[1]
+
+    def _extract(self, image: Tensor, mask: Tensor | None) -> Features:
+        size = (image.shape[-2], image.shape[-1])
+        pad = (0, -size[1] % SIZE_MULTIPLE, 0, -size[0] % SIZE_MULTIPLE)
+        image = image.to(self._dtype)
+        if mask is None and any(pad):
+            mask = image.new_ones((image.shape[0], *size), dtype=torch.bool)
+        if mask is not None:
+            image, mask = F.pad(image * mask[:, None], pad), F.pad(mask, pad)
+        half, quarter, coarse = self.backbone(image)
+        return Features(half, quarter, coarse, mask, size)
+
+
+def _grid(coarse: Tensor) -> tuple[int, int]:
+    return coarse.shape[-2], coarse.shape[-1]
+
+
+def _on_image(matches: Matches, features0: Features, features1: Features) -> Matches:
+    """Drop matches that the fine stage moved off the image or onto masked pixels."""
+    sides = ((matches.keypoints0, features0), (matches.keypoints1, features1))
+    inside = torch.ones_like(matches.confidence, dtype=torch.bool)
+    for keypoints, features in sides:
+        x, y = keypoints.detach().floor().long().unbind(-1)
+        height, width = features.size
+        inside = inside & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        if features.pixel_mask is not None:
+            rows, columns = y.clamp(0, height - 1), x.clamp(0, width - 1)
+            inside = inside & features.pixel_mask[matches.batch_indexes, rows, columns]
+    return Matches(*(field[inside] for field in matches))

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Aggregated self- and cross-attention on the coarse maps (EfficientLoFTR, section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from eloftr_kernels import aggregated_attention, upsample_mlp
+from eloftr_ops.config import EfficientLoFTRConfig
+
+AGGREGATION = 4
+
+
+class AggregatedAttention(nn.Module):
+    """One attention layer: message between 4x4-aggregated tokens, upsampled and merged into the full coarse map."""
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.aggregate = nn.Conv2d(
+            channels, channels, AGGREGATION, stride=AGGREGATION, groups=channels, bias=False
+        )
+        self.token_norm = nn.LayerNorm(channels)
+        self.q_proj = nn.Linear(channels, channels, bias=False)
+        self.k_proj = nn.Linear(channels, channels, bias=False)
+        self.v_proj = nn.Linear(channels, channels, bias=False)
+        self.merge = nn.Linear(channels, channels, bias=False)
+        self.expand = nn.Linear(2 * channels, 2 * channels, bias=False)
+        self.contract = nn.Linear(2 * channels, channels, bias=False)
+        self.update_norm = nn.LayerNorm(channels)
+
+    def forward(
+        self,
+        x: Tensor,
+        source: Tensor,
+        rotary: Tensor | None = None,
+        mask: Tensor | None = None,
+        source_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, C, h, w) and the map it attends to, (B, C, h', w'), -> (B, C, h, w). Masks (B, h, w) bool."""
+        message = aggregated_attention(
+            x,
+            source,
+            self.aggregate.weight,
+            self.token_norm.weight,
+            self.token_norm.bias,
+            self.q_proj.weight,
+            self.k_proj.weight,
+            self.v_proj.weight,
+            self.merge.weight,
+            self.num_heads,
+            rotary,
+            mask,
+            source_mask,
+        )
+        return upsample_mlp(
+            x,
+            message,
+            self.expand.weight,
+            self.contract.weight,
+            self.update_norm.weight,
+            self.update_norm.bias,
+            mask,
+        )
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention within each image, then cross-attention between the two.
+
+    Image 1 attends to image 0 as its own cross-attention has already updated it: that is how the released weights
+    were trained, and why exchanging the images changes the result slightly.
+    """
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.self_attention = AggregatedAttention(channels, num_heads)
+        self.cross_attention = AggregatedAttention(channels, num_heads)
+
+    def forward(
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        rotary0: Tensor,
+        rotary1: Tensor,
+        mask0: Tensor | None,
+        mask1: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, C, h0, w0), (B, C, h1, w1) -> the same shapes."""
+        if x0.shape == x1.shape and mask0 is None and mask1 is None:
+            both = torch.cat([x0, x1])
+            x0, x1 = self.self_attention(both, both, rotary0).chunk(2)
+        else:
+            x0 = self.self_attention(x0, x0, rotary0, mask0, mask0)
+            x1 = self.self_attention(x1, x1, rotary1, mask1, mask1)
+        x0 = self.cross_attention(x0, x1, None, mask0, mask1)
+        x1 = self.cross_attention(x1, x0, None, mask1, mask0)
+        return x0, x1
+
+
+class CoarseTransformer(nn.Module):
+    """``num_layers`` (self, cross) pairs; 2-D rotary positions in self-attention."""
+
+    def __init__(self, config: EfficientLoFTRConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(
+            TransformerLayer(config.coarse_channels, config.num_heads) for _ in range(config.num_layers)
+        )
+
+    def forward(
+        self, x0: Tensor, x1: Tensor, mask0: Tensor | None = None, mask1: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, C, h0, w0), (B, C, h1, w1) -> the same shapes; masked cells are zero."""
+        rotary0, rotary1 = self._rotary(x0), self._rotary(x1)
+        for layer in self.layers:
+            x0, x1 = layer(x0, x1, rotary0, rotary1, mask0, mask1)
+        return x0, x1
+
+    def _rotary(self, x: Tensor) -> Tensor:
+        rows, columns = (-(-size // AGGREGATION) for size in x.shape[-2:])
+        return rotary_table(rows, columns, self.config, x.device).to(x.dtype)
+
+
+def rotary_table(rows: int, columns: int, config: EfficientLoFTRConfig, device: torch.device) -> Tensor:
+    """Cosines and sines of the rotary angles: (2, rows * columns, C / 2) float32.
+
+    C / 4 frequencies, base 10000; even entries turn with the row, odd ones with the column, positions from 1, times
+    ``config.position_scale``. Rounded to float16 when ``config.round_rotary``, as the released weights saw them.
+    """
+    quarter = config.coarse_channels // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+    scale_rows, scale_columns = config.position_scale
+    row = (torch.arange(rows, dtype=torch.float32, device=device) + 1) * scale_rows
+    column = (torch.arange(columns, dtype=torch.float32, device=device) + 1) * scale_columns
+    angles = torch.stack(
+        torch.broadcast_tensors(row[:, None, None] * frequency, column[None, :, None] * frequency), -1
+    ).reshape(rows * columns, 2 * quarter)
+    table = torch.stack([angles.cos(), angles.sin()])
+    return table.half().float() if config.round_rotary else table

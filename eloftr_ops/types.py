@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the stages of the matcher hand to each other: named tuples whose fields carry shapes and frames.
+
+Dimensions: B pairs, C coarse channels, D fine channels, H x W the image as given, h x w its coarse map
+(1/8 of the image padded to multiples of 32), L = h0 * w0 and S = h1 * w1 coarse cells, M matches of the whole batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Features(NamedTuple):
+    """One side of a batch of pairs, as :meth:`EfficientLoFTR.extract_features` returns it.
+
+    It does not depend on the image it is matched with, so it can be kept and matched against many.
+    """
+
+    half: Tensor  # (B, C1, 4h, 4w) backbone map at 1/2
+    quarter: Tensor  # (B, C2, 2h, 2w) backbone map at 1/4
+    coarse: Tensor  # (B, C, h, w) backbone map at 1/8
+    pixel_mask: Tensor | None  # (B, 8h, 8w) bool, pixels that exist and are valid; None: all of them
+    size: tuple[int, int]  # (H, W) of the image as given
+
+    @property
+    def coarse_mask(self) -> Tensor | None:
+        """(B, h, w) bool: a coarse cell is valid when the pixel it sits on, (8 column, 8 row), is."""
+        return None if self.pixel_mask is None else self.pixel_mask[:, ::8, ::8]
+
+    def split(self) -> tuple[Features, Features]:
+        """Features of the first and of the second half of the batch."""
+        half, quarter, coarse = (x.chunk(2) for x in self[:3])
+        mask0, mask1 = (None, None) if self.pixel_mask is None else self.pixel_mask.chunk(2)
+        return (
+            Features(half[0], quarter[0], coarse[0], mask0, self.size),
+            Features(half[1], quarter[1], coarse[1], mask1, self.size),
+        )
+
+
+class CoarseScores(NamedTuple):
+    """Everything needed to score any pair of cells without the (L, S) matrix; differentiable."""
+
+    features0: Tensor  # (B, L, C) transformer output / sqrt(C)
+    features1: Tensor  # (B, S, C)
+    row_lse: Tensor | None  # (B, L) log-sum-exp of the scores over image 1; None for raw similarities
+    col_lse: Tensor | None  # (B, S) log-sum-exp over image 0
+
+
+class BestCells(NamedTuple):
+    """The best partner of every cell; no gradient."""
+
+    best1: Tensor  # (B, L) int64: cell of image 1 with the highest score for each cell of image 0
+    best0: Tensor  # (B, S) int64: cell of image 0 with the highest score for each cell of image 1
+    score1: Tensor  # (B, L) score of each best1: log-confidence, or raw similarity
+
+
+class CoarseMatches(NamedTuple):
+    """The selected cells. Indices carry no gradient, ``confidence`` does."""
+
+    batch: Tensor  # (M,) int64, ascending
+    cells0: Tensor  # (M,) int64, row * w0 + column
+    cells1: Tensor  # (M,) int64, row * w1 + column
+    confidence: Tensor  # (M,) dual-softmax probability, or raw similarity
+
+
+class Matches(NamedTuple):
+    """The result, in the frame where the centre of pixel (x, y) is (x + 0.5, y + 0.5)."""
+
+    keypoints0: Tensor  # (M, 2) x, y in image 0, pixels
+    keypoints1: Tensor  # (M, 2) x, y in image 1, pixels
+    confidence: Tensor  # (M,)
+    batch_indexes: Tensor  # (M,) int64, ascending

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming dual softmax in plain PyTorch: the L x S matrix exists one block of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+BLOCK_ELEMENTS = 1 << 21  # scores held at once: 8 MB in float32
+MASKED = -1e9  # score of a masked pair; finite, so that a fully masked row has no NaN in value or gradient
+
+T = TypeVar("T")
+
+
+def dual_softmax_lse(
+    features0: Tensor,  # (B, L, C)
+    features1: Tensor,  # (B, S, C)
+    temperature: float,
+    mask0: Tensor | None = None,  # (B, L) bool
+    mask1: Tensor | None = None,  # (B, S) bool
+) -> tuple[Tensor, Tensor]:
+    r"""Normalisers of the dual softmax (LoFTR, equation 3; EfficientLoFTR, section 3.3).
+
+    With scores :math:`s_{ij} = \langle f^0_i, f^1_j\rangle / \tau`,
+
+    .. math:: r_i = \log\sum_j e^{s_{ij}}, \qquad c_j = \log\sum_i e^{s_{ij}}.
+
+    Accumulated in float32 (float64 for float64 input), also under autocast. The backward recomputes each block, so
+    memory is O(B (L + S) C) in both directions.
+
+    Returns:
+        ``row_lse`` (B, L) and ``col_lse`` (B, S). Masked rows and columns hold about -1e9.
+    """
+
+    def block_lse(rows: Tensor, columns: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        scores = _scores(rows, columns, temperature, mask, mask1)
+        return torch.logsumexp(scores, 2), torch.logsumexp(scores, 1)
+
+    features0, features1 = _accumulation_dtype(features0), _accumulation_dtype(features1)
+    with torch.autocast(features0.device.type, enabled=False):
+        parts = [
+            _recomputed(block_lse, features0[:, rows], features1, None if mask0 is None else mask0[:, rows])
+            for rows in _row_blocks(features0, features1)
+        ]
+    row_lse, col_lse = zip(*parts, strict=True)
+    return torch.cat(row_lse, 1), torch.logsumexp(torch.stack(col_lse), 0)
+
+
+@torch.no_grad()
+def mutual_best(
+    features0: Tensor,  # (B, L, C)
+    features1: Tensor,  # (B, S, C)
+    temperature: float,
+    row_lse: Tensor | None = None,  # (B, L)
+    col_lse: Tensor | None = None,  # (B, S)
+    mask0: Tensor | None = None,  # (B, L) bool
+    mask1: Tensor | None = None,  # (B, S) bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Best partner of every cell under the logarithm of the confidence, :math:`2 s_{ij} - r_i - c_j`.
+
+    Without ``row_lse`` and ``col_lse`` the raw score :math:`s_{ij}` decides (*optimized* inference). Of equal scores
+    the lowest index wins. No gradient.
+
+    Returns:
+        ``best1`` (B, L) int64, ``best0`` (B, S) int64, and the score (B, L) of each ``best1``.
+    """
+    features0, features1 = _accumulation_dtype(features0), _accumulation_dtype(features1)
+    best1, score1 = [], []
+    score0 = features1.new_full(features1.shape[:2], -torch.inf)
+    best0 = torch.zeros(features1.shape[:2], dtype=torch.int64, device=features1.device)
+    with torch.autocast(features0.device.type, enabled=False):
+        for rows in _row_blocks(features0, features1):
+            mask = None if mask0 is None else mask0[:, rows]
+            scores = _scores(features0[:, rows], features1, temperature, mask, mask1)
+            if row_lse is not None and col_lse is not None:
+                scores = scores.mul_(2).sub_(row_lse[:, rows, None]).sub_(col_lse[:, None])
+            block_score1, block_best1 = scores.max(2)
+            block_score0, block_best0 = scores.max(1)
+            best0 = torch.where(block_score0 > score0, block_best0 + rows.start, best0)
+            score0 = torch.maximum(score0, block_score0)
+            best1.append(block_best1)
+            score1.append(block_score1)
+    return torch.cat(best1, 1), best0, torch.cat(score1, 1)
+
+
+def pair_scores(
+    features0: Tensor,  # (B, L, C)
+    features1: Tensor,  # (B, S, C)
+    temperature: float,
+    batch: Tensor,  # (M,) int64
+    cells0: Tensor,  # (M,) int64
+    cells1: Tensor,  # (M,) int64
+    row_lse: Tensor | None = None,  # (B, L)
+    col_lse: Tensor | None = None,  # (B, S)
+) -> Tensor:
+    r"""Log-confidence :math:`2 s_{ij} - r_i - c_j` of given pairs, or :math:`s_{ij}` without normalisers.
+
+    Differentiable in the features and, through the normalisers, in every feature of the other image.
+
+    Returns:
+        (M,) float32, or float64 for float64 input.
+    """
+    a = _accumulation_dtype(features0[batch, cells0])
+    b = _accumulation_dtype(features1[batch, cells1])
+    score = (a * b).sum(-1) / temperature
+    if row_lse is None or col_lse is None:
+        return score
+    return 2 * score - row_lse[batch, cells0] - col_lse[batch, cells1]
+
+
+def _scores(
+    rows: Tensor, columns: Tensor, temperature: float, mask0: Tensor | None, mask1: Tensor | None
+) -> Tensor:
+    scores = (rows / temperature) @ columns.mT
+    if mask0 is not None:
+        scores = scores.masked_fill(~mask0[:, :, None], MASKED)
+    if mask1 is not None:
+        scores = scores.masked_fill(~mask1[:, None, :], MASKED)
+    return scores
+
+
+def _row_blocks(features0: Tensor, features1: Tensor) -> Iterator[slice]:
+    rows = max(1, BLOCK_ELEMENTS // max(1, features1.shape[0] * features1.shape[1]))
+    for start in range(0, max(1, features0.shape[1]), rows):
+        yield slice(start, start + rows)
+
+
+def _recomputed(function: Callable[..., T], *args: Tensor | None) -> T:
+    """Call ``function`` keeping only its inputs for the backward."""
+    if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in args):
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+    return function(*args)
+
+
+def _accumulation_dtype(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

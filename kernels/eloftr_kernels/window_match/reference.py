@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two-stage matching of fine windows in plain PyTorch: the formula and the CPU path."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WINDOW = 8  # pixels per side of a coarse cell
+RING = 1  # pixels around the window of image 1, so that every 3x3 neighbourhood is complete
+_PATCH = WINDOW // 2 + 2  # half-resolution positions per side that a window is interpolated from
+
+
+class WindowMatches(NamedTuple):
+    """Offsets (x, y) in pixels from the frame position 8 * (column, row) of each match's cell."""
+
+    pixel0: Tensor  # (M, 2) arg-max pixel in image 0, -3.5 .. 3.5, no gradient
+    pixel1: Tensor  # (M, 2) arg-max pixel in image 1
+    subpixel1: Tensor  # (M, 2) 3x3 expectation around pixel1, -1 .. 1
+    expected0: Tensor | None  # (M, 2) expectation of pixel0 under the tempered joint probability
+    expected1: Tensor | None  # (M, 2) expectation of pixel1
+
+
+def window_match(
+    map0: Tensor,  # (B, D, 4h, 4w) fused fine features at 1/2
+    map1: Tensor,  # (B, D, 4h', 4w')
+    batch: Tensor,  # (M,) int64
+    cells0: Tensor,  # (M,) int64, row * w + column
+    cells1: Tensor,  # (M,) int64
+    subpixel_channels: int,
+    subpixel_temperature: float,
+    centred_subpixel: bool = False,
+    soft_temperature: float | None = None,
+) -> WindowMatches:
+    r"""Pixel pair by dual softmax and arg-max, then sub-pixel offset by soft-argmax (EfficientLoFTR, section 3.4).
+
+    With windows :math:`a` (8x8 of image 0) and :math:`b` (10x10 of image 1) of the maps upsampled bilinearly by two,
+    split into the first :math:`D-d` and the last :math:`d` = ``subpixel_channels`` channels,
+
+    .. math::
+        p_{lr} &= \mathrm{softmax}_l(\langle a_l, b_r\rangle / D)\;\mathrm{softmax}_r(\langle a_l, b_r\rangle / D), \\
+        (l^*, r^*) &= \arg\max_{r\,\text{inside}} p_{lr}, \qquad
+        \delta = \sum_{\Delta\in\{-1,0,1\}^2} \Delta\;
+        \mathrm{softmax}_\Delta\bigl(\langle a'_{l^*}, b'_{r^*+\Delta}\rangle / (\sqrt d\,\tau)\bigr).
+
+    With ``soft_temperature`` :math:`T` the expectations of both pixels under :math:`p^{1/T}`, normalised over the
+    64x64 pairs, are returned too. ``centred_subpixel``: see :func:`subpixel_expectation`. Gradient reaches both maps through :math:`\delta` and the expectations.
+    """
+    channels = map0.shape[1]
+    windows0 = windows(map0, batch, cells0, ring=0)
+    windows1 = windows(map1, batch, cells1, ring=RING)
+    coarse0, sub0 = windows0.split([channels - subpixel_channels, subpixel_channels], -1)
+    coarse1, sub1 = windows1.split([channels - subpixel_channels, subpixel_channels], -1)
+    log_joint = pixel_log_joint(coarse0, coarse1, channels)
+    best = log_joint.detach().flatten(1).argmax(1)
+    index0, index1 = best // WINDOW**2, best % WINDOW**2
+    subpixel1 = subpixel_expectation(sub0, sub1, index0, index1, subpixel_temperature, centred_subpixel)
+    grid = pixel_offsets(log_joint)
+    expected0 = expected1 = None
+    if soft_temperature is not None:
+        joint = F.softmax(log_joint.flatten(1) / soft_temperature, 1).unflatten(1, (WINDOW**2, WINDOW**2))
+        expected0, expected1 = joint.sum(2) @ grid, joint.sum(1) @ grid
+    return WindowMatches(grid[index0], grid[index1], subpixel1, expected0, expected1)
+
+
+def windows(fine_map: Tensor, batch: Tensor, cells: Tensor, ring: int) -> Tensor:
+    """Feature windows of the map upsampled by two, of the given cells only.
+
+    Args:
+        fine_map: (B, D, 4h, 4w).
+        batch: (M,) int64.
+        cells: (M,) int64.
+        ring: pixels added around the 8x8 window; those outside the upsampled map are zero.
+
+    Returns:
+        (M, (8 + 2 ring)^2, D), rows first.
+    """
+    height, width = fine_map.shape[-2:]
+    rows, columns = cells // (width // 4) * 4, cells % (width // 4) * 4
+    taps = torch.arange(_PATCH, device=cells.device) - 1
+    y = (rows[:, None] + taps).clamp(0, height - 1)
+    x = (columns[:, None] + taps).clamp(0, width - 1)
+    flat = (batch[:, None, None] * height + y[:, :, None]) * width + x[:, None, :]
+    patches = fine_map.permute(0, 2, 3, 1).flatten(0, 2)[flat]  # (M, 6, 6, D)
+    interpolation = _upsampling_matrix(ring, patches)
+    side, channels = interpolation.shape[0], fine_map.shape[1]
+    w = interpolation @ patches.flatten(2)  # along rows: (M, side, 6 * D)
+    w = interpolation @ w.reshape(-1, _PATCH, channels)  # along columns: (M * side, side, D)
+    w = w.reshape(-1, side, side, channels)
+    if ring:
+        w = w * (_inside(rows, height, side, ring)[:, :, None] * _inside(columns, width, side, ring)[:, None])[..., None]
+    return w.flatten(1, 2)
+
+
+def pixel_log_joint(coarse0: Tensor, coarse1: Tensor, channels: int) -> Tensor:
+    """Logarithm of the dual-softmax probability of every pixel pair, ring dropped: (M, 64, 64).
+
+    Args:
+        coarse0: (M, 64, D - d).
+        coarse1: (M, 100, D - d).
+        channels: D.
+    """
+    with torch.autocast(coarse0.device.type, enabled=False):
+        scores = _accumulation_dtype(coarse0) @ (_accumulation_dtype(coarse1) / channels).mT
+        inner = scores.unflatten(2, (WINDOW + 2 * RING, WINDOW + 2 * RING))[..., RING:-RING, RING:-RING].flatten(2)
+        over0 = torch.logsumexp(inner, 1, keepdim=True)
+        over1 = torch.logsumexp(scores, 2, keepdim=True)
+        return 2 * inner - over0 - over1
+
+
+def subpixel_expectation(
+    sub0: Tensor,  # (M, 64, d)
+    sub1: Tensor,  # (M, 100, d)
+    index0: Tensor,  # (N,) pixel of the 8x8 window of image 0
+    index1: Tensor,  # (N,) pixel of the 8x8 window of image 1
+    temperature: float,
+    centred: bool,
+    match: Tensor | None = None,  # (N,) which of the M windows each of N pixel pairs lies in; default: one pair each
+) -> Tensor:
+    """Expected (x, y) offset, -1 .. 1, over a 3x3 neighbourhood in image 1 for the feature at ``index0``: (N, 2).
+
+    ``centred`` puts the neighbourhood around ``index1``. The released weights were trained with one that ignores the
+    ring: it lies a pixel up and left, and its index -1 is the last row or column of the 10x10 window.
+    """
+    delta = torch.arange(-1, 2, device=sub0.device)
+    side = WINDOW + 2 * RING
+    shift = RING if centred else 0
+    y = (index1[:, None] // WINDOW + shift + delta) % side
+    x = (index1[:, None] % WINDOW + shift + delta) % side
+    neighbours = (y[:, :, None] * side + x[:, None, :]).flatten(1)
+    if match is None:
+        match = torch.arange(len(index0), device=sub0.device)
+    with torch.autocast(sub0.device.type, enabled=False):
+        query = _accumulation_dtype(sub0[match, index0])
+        keys = _accumulation_dtype(sub1[match[:, None], neighbours])
+        scores = (keys @ query[:, :, None])[..., 0] / (query.shape[-1] ** 0.5 * temperature)
+        offsets = torch.stack(torch.meshgrid(delta, delta, indexing="xy"), -1).flatten(0, 1)
+        return F.softmax(scores, 1) @ offsets.to(scores.dtype)
+
+
+def pixel_offsets(like: Tensor) -> Tensor:
+    """(64, 2) offset (x, y) of each window pixel from the frame position of its cell, -3.5 .. 3.5."""
+    line = torch.arange(WINDOW, device=like.device, dtype=like.dtype) - (WINDOW - 1) / 2
+    return torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).flatten(0, 1)
+
+
+def _upsampling_matrix(ring: int, like: Tensor) -> Tensor:
+    """(8 + 2 ring, 6): bilinear weights of each window pixel on the half-resolution taps -1 .. 4 of its cell."""
+    side = WINDOW + 2 * ring
+    position = (torch.arange(side, device=like.device, dtype=torch.float32) - ring) / 2 - 0.25 + 1
+    taps = torch.arange(_PATCH, device=like.device, dtype=torch.float32)
+    return (1 - (position[:, None] - taps).abs()).clamp(min=0).to(like.dtype)
+
+
+def _inside(start: Tensor, size: int, side: int, ring: int) -> Tensor:
+    """(M, side) bool: which window pixels along one axis lie in the upsampled map."""
+    position = 2 * start[:, None] + torch.arange(side, device=start.device) - ring
+    return (position >= 0) & (position < 2 * size)
+
+
+def _accumulation_dtype(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
