@@ -4,6 +4,6 @@
 from eloftr_ops._version import __version__
 from eloftr_ops.config import EfficientLoFTRConfig
 from eloftr_ops.matcher import EfficientLoFTR
-from eloftr_ops.types import Features, Matches
+from eloftr_ops.types import Matches
 
-__all__ = ["EfficientLoFTR", "EfficientLoFTRConfig", "Features", "Matches", "__version__"]
+__all__ = ["EfficientLoFTR", "EfficientLoFTRConfig", "Matches", "__version__"]

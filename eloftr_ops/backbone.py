@@ -86,7 +86,11 @@ class RepVGG(nn.Module):
                 )
             )
             for channels_in, channels, blocks, stride in zip(
-                (1, *config.stage_channels), config.stage_channels, config.stage_blocks, STAGE_STRIDES, strict=False
+                (1, *config.stage_channels),
+                config.stage_channels,
+                config.stage_blocks,
+                STAGE_STRIDES,
+                strict=False,
             )
         )
 
@@ -106,9 +110,10 @@ class RepVGG(nn.Module):
 
     def fuse(self) -> None:
         """Fold every block in place, for inference."""
-        for stage in self.stages:
-            for i, block in enumerate(stage):
-                stage[i] = block.fuse()
+        for module in self.modules():
+            if isinstance(module, nn.Sequential):
+                for i, block in enumerate(module):
+                    module[i] = block.fuse() if isinstance(block, RepVGGBlock) else block
 
 
 def fold_batch_norm(weight: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,9 @@ def check_image(name: str, image: Any, device: torch.device) -> Tensor:
     return image
 
 
-def check_mask(name: str, mask: Any, image_name: str, shape: tuple[int, int, int], device: torch.device) -> Tensor:
+def check_mask(
+    name: str, mask: Any, image_name: str, shape: tuple[int, int, int], device: torch.device
+) -> Tensor:
     """A mask at the size of its image: (B, H, W), bool, or numbers of which zero means masked.
 
     Raises:
@@ -68,17 +70,30 @@ def check_features(name: str, features: Any, widths: tuple[int, ...], device: to
 
     Raises:
         TypeError: something else.
-        ValueError: maps of another model, or on another device.
+        ValueError: missing or unknown entries, maps of another model or of images of another batch, another device.
     """
-    if not isinstance(features, Features):
+    if not isinstance(features, Mapping) or not all(isinstance(v, Tensor) for v in features.values()):
         raise TypeError(
-            f"{name}: expected the Features that extract_features() returns, got {type(features).__name__}."
+            f"{name}: expected the dict of tensors that extract_features() returns, got {type(features).__name__}."
         )
-    got = tuple(x.shape[1] for x in (features.half, features.quarter, features.coarse))
-    if got != widths:
-        raise ValueError(f"{name}: expected maps of {widths} channels, got {got}. Extract them with this model.")
-    _check_device(name, features.coarse, device)
-    return features
+    maps = ("half", "quarter", "coarse")
+    if set(features) not in (set(maps), {*maps, "mask"}):
+        raise ValueError(
+            f"{name}: expected the entries half, quarter, coarse and perhaps mask, got {sorted(features)}. "
+            "Pass what extract_features() returned."
+        )
+    coarse = features["coarse"]
+    if coarse.ndim != 4:
+        raise ValueError(f"{name}: expected maps of shape (B, C, h, w), got {tuple(coarse.shape)}.")
+    batch, _, height, width = coarse.shape
+    for key, channels, scale in zip(maps, widths, (4, 2, 1), strict=True):
+        _check_shape(f"{name}[{key!r}]", features[key], (batch, channels, scale * height, scale * width))
+    for key, value in features.items():
+        _check_device(f"{name}[{key!r}]", value, device)
+    mask = features.get("mask")
+    if mask is not None:
+        _check_shape(f"{name}['mask']", mask, (batch, 8 * height, 8 * width))
+    return Features(features["half"], features["quarter"], coarse, mask)
 
 
 def check_pair(data: Any) -> None:
@@ -97,7 +112,9 @@ def check_pair(data: Any) -> None:
     for side in "01":
         if (f"image{side}" in data) == (f"features{side}" in data):
             which = "both" if f"image{side}" in data else "neither"
-            raise ValueError(f'data: expected exactly one of "image{side}" and "features{side}", got {which}.')
+            raise ValueError(
+                f'data: expected exactly one of "image{side}" and "features{side}", got {which}.'
+            )
         if f"mask{side}" in data and f"image{side}" not in data:
             raise ValueError(
                 f'mask{side}: expected together with "image{side}". Give the mask to extract_features instead.'
@@ -118,9 +135,18 @@ def check_same_batch(features0: Features, features1: Features) -> None:
         )
 
 
+def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(
+            f"{name}: expected shape {shape}, got {tuple(x.shape)}. Extract the features with this model."
+        )
+
+
 def _check_device(name: str, x: Tensor, device: torch.device) -> None:
     if x.device != device:
-        raise ValueError(f"{name}: expected on the model's device {device}, got {x.device}. Move it with .to({device!s}).")
+        raise ValueError(
+            f"{name}: expected on the model's device {device}, got {x.device}. Move it with .to({device!s})."
+        )
 
 
 def _check_range(name: str, image: Tensor) -> None:
@@ -128,10 +154,14 @@ def _check_range(name: str, image: Tensor) -> None:
     if torch.compiler.is_compiling() or image.numel() == 0:
         return
     low, high = (float(v) for v in torch.aminmax(image.detach()))
-    if not (low >= -1e-3 and high <= 1 + 1e-3):  # also false for NaN; the slack is for resampling and rounding
+    if not (
+        low >= -1e-3 and high <= 1 + 1e-3
+    ):  # also false for NaN; the slack is for resampling and rounding
         if low != low or high != high or abs(low) == float("inf") or abs(high) == float("inf"):
             raise ValueError(f"{name}: expected finite values in [0, 1], got NaN or infinity.")
-        raise ValueError(f"{name}: expected values in [0, 1], got [{low:g}, {high:g}]. Scale the image, e.g. by 1/255.")
+        raise ValueError(
+            f"{name}: expected values in [0, 1], got [{low:g}, {high:g}]. Scale the image, e.g. by 1/255."
+        )
 
 
 def _all_finite(x: Tensor) -> bool:

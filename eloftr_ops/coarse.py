@@ -10,9 +10,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from eloftr_kernels import dual_softmax_lse, mutual_best, pair_scores
 from torch import Tensor
 
-from eloftr_kernels import dual_softmax_lse, mutual_best, pair_scores
 from eloftr_ops.config import EfficientLoFTRConfig
 from eloftr_ops.types import BestCells, CoarseMatches, CoarseScores
 
@@ -108,14 +108,12 @@ def pair_confidence(
         scores.row_lse,
         scores.col_lse,
     )
-    return score.exp() if config.score == "dual_softmax" else score
+    # rounding can lift the logarithm of a certain match above zero
+    return score.clamp(max=0).exp() if config.score == "dual_softmax" else score
 
 
-def interior_cells(
-    grid: tuple[int, int], mask: Tensor | None, border: int, device: torch.device
-) -> Tensor:
+def interior_cells(grid: tuple[int, int], mask: Tensor | None, border: int, device: torch.device) -> Tensor:
     """(1 or B, h * w) bool: cells with nothing but valid cells within ``border`` of them, the outside being invalid."""
     valid = torch.ones((1, *grid), device=device) if mask is None else mask.float()
     padded = F.pad(valid, [border] * 4)
     return (-F.max_pool2d(-padded[:, None], 2 * border + 1, stride=1)[:, 0] > 0).flatten(1)
-

@@ -10,9 +10,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from eloftr_kernels import WindowMatches
 from torch import Tensor, nn
 
-from eloftr_kernels import WindowMatches
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode
 from eloftr_ops.types import CoarseMatches, CoarseScores
 
@@ -112,7 +112,9 @@ def _neighbourhood_drift(
     query, keys = anchors[coarse.batch, partners].to(dtype), features[batch, neighbours].to(dtype)
     with torch.autocast(query.device.type, enabled=False):
         logits = (keys @ query[:, :, None])[..., 0] / config.temperature
-        probability = F.softmax(logits.masked_fill(~inside, -torch.inf), 1)  # the match itself is always inside
+        probability = F.softmax(
+            logits.masked_fill(~inside, -torch.inf), 1
+        )  # the match itself is always inside
         return probability @ (CELL * offsets).to(dtype)
 
 

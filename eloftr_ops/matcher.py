@@ -6,20 +6,24 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from eloftr_kernels import window_match
+from kornia.feature import LoFTR
 from torch import Tensor, nn
 
-from eloftr_kernels import window_match
 from eloftr_ops.backbone import RepVGG
 from eloftr_ops.checks import check_features, check_image, check_mask, check_pair, check_same_batch
 from eloftr_ops.coarse import best_cells, score_cells, select_matches
-from eloftr_ops.config import EfficientLoFTRConfig, GradientMode
+from eloftr_ops.config import EfficientLoFTRConfig, GradientMode, ScoreKind
 from eloftr_ops.fine import FeaturePyramid, positions
 from eloftr_ops.transformer import CoarseTransformer
 from eloftr_ops.types import BestCells, CoarseScores, Features, Matches
+
+if TYPE_CHECKING:
+    from eloftr_ops.weights.names import Layout
 
 SIZE_MULTIPLE = 32  # of the padded image: 4x4 aggregation of cells of 8x8 pixels
 
@@ -34,8 +38,13 @@ class PairMaps(NamedTuple):
     scores: CoarseScores
     best: BestCells | None  # None in training, which scores true pairs and selects none
 
+    @property
+    def grids(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(h0, w0), (h1, w1)."""
+        return tuple(self.coarse0.shape[-2:]), tuple(self.coarse1.shape[-2:])  # type: ignore[return-value]
 
-class EfficientLoFTR(nn.Module):
+
+class EfficientLoFTR(LoFTR):
     r"""Semi-dense matcher of two images, differentiable in both keypoint sets and in the confidence.
 
     Wang, He, Peng, Tan, Zhou: "Efficient LoFTR: Semi-Dense Local Feature Matching with Sparse-Like Speed", CVPR 2024.
@@ -57,15 +66,18 @@ class EfficientLoFTR(nn.Module):
         ``confidence`` carries gradient to both images in every mode. ``keypoints0`` and ``keypoints1``: see
         :func:`eloftr_ops.fine.positions` and ``docs/differentiability.md``.
 
+    It is a ``kornia.feature.LoFTR`` by contract, not by code: kornia's stitcher and tracker ask for that class, and
+    nothing of its constructor or its layers is used.
+
     Args:
         config: architecture and matching parameters; the authors' model by default.
         fused: build the backbone with re-parameterised blocks (inference form).
     """
 
     def __init__(self, config: EfficientLoFTRConfig | None = None, *, fused: bool = False) -> None:
-        super().__init__()
-        self.config = config if config is not None else EfficientLoFTRConfig()
-        self.backbone = RepVGG(self.config, fused=fused)
+        nn.Module.__init__(self)  # LoFTR's own constructor would build LoFTR's layers
+        self.config: EfficientLoFTRConfig = config or EfficientLoFTRConfig()  # type: ignore[assignment]
+        self.backbone: RepVGG = RepVGG(self.config, fused=fused)  # type: ignore[assignment]
         self.transformer = CoarseTransformer(self.config)
         self.pyramid = FeaturePyramid(self.config)
 
@@ -86,12 +98,15 @@ class EfficientLoFTR(nn.Module):
             TypeError: types or dtypes other than these.
         """
         mode = self.config.replace(gradient_mode=mode or self.config.gradient_mode).gradient_mode
-        features0, features1 = self._pair_features(data)
+        features0, features1 = self.pair_features(data)
         maps = self.match_maps(features0, features1)
         return self.matches_from_maps(features0, features1, maps, mode)._asdict()
 
-    def extract_features(self, image: Tensor, mask: Tensor | None = None) -> Features:
+    def extract_features(self, image: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """The part of matching that one image needs alone: keep it to match the image against many.
+
+        The result is a dictionary of tensors, batch first, for ``features0`` or ``features1`` of :meth:`forward`:
+        backbone maps ``half``, ``quarter``, ``coarse`` and, where the image has masked or completed pixels, ``mask``.
 
         Args:
             image: (B, 1, H, W) in [0, 1].
@@ -103,7 +118,13 @@ class EfficientLoFTR(nn.Module):
         image = check_image("image", image, self._device)
         if mask is not None:
             mask = check_mask("mask", mask, "image", (image.shape[0], *image.shape[-2:]), self._device)
-        return self._extract(image, mask)
+        return self._extract(image, mask).to_dict()
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As ``nn.Module``; the authors' checkpoints go through :meth:`from_pretrained`."""
+        return nn.Module.load_state_dict(self, state_dict, strict, assign)
 
     def match_maps(self, features0: Features, features1: Features, *, with_best: bool = True) -> PairMaps:
         """Transformer and streaming coarse scores: everything before a match is selected; compiles as one graph."""
@@ -119,7 +140,7 @@ class EfficientLoFTR(nn.Module):
         """Select coarse matches and refine them in their fine windows."""
         if maps.best is None:
             raise ValueError("maps: expected match_maps(..., with_best=True), got maps without best cells.")
-        grid0, grid1 = _grid(maps.coarse0), _grid(maps.coarse1)
+        grid0, grid1 = maps.grids
         coarse = select_matches(maps.scores, maps.best, grid0, grid1, maps.mask0, maps.mask1, self.config)
         fine0, fine1 = self.fine_maps(features0, features1, maps)
         fine = window_match(
@@ -140,11 +161,15 @@ class EfficientLoFTR(nn.Module):
         return _on_image(matches, features0, features1)
 
     def fine_maps(self, features0: Features, features1: Features, maps: PairMaps) -> tuple[Tensor, Tensor]:
-        """Fused fine features at half resolution, (B, D, 4h, 4w) per image."""
-        if maps.coarse0.shape == maps.coarse1.shape:
-            pairs = ((maps.coarse0, maps.coarse1), features0[1::-1], features1[1::-1])
-            coarse = torch.cat(pairs[0])
-            quarter, half = (torch.cat(maps_of_scale) for maps_of_scale in zip(pairs[1], pairs[2], strict=True))
+        """Fused fine features at half resolution, (B, D, 4h, 4w) per image.
+
+        In training both images go through together where their sizes agree, so that BatchNorm sees both; otherwise
+        one after the other, which halves the peak of the largest maps.
+        """
+        if self.training and maps.coarse0.shape == maps.coarse1.shape:
+            coarse = torch.cat([maps.coarse0, maps.coarse1])
+            quarter = torch.cat([features0.quarter, features1.quarter])
+            half = torch.cat([features0.half, features1.half])
             fine0, fine1 = self.pyramid(coarse, quarter, half).chunk(2)
             return fine0, fine1
         return (
@@ -159,17 +184,45 @@ class EfficientLoFTR(nn.Module):
         return copied
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str] = "small", **options: Any) -> EfficientLoFTR:
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str] = "small",
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        config: EfficientLoFTRConfig | None = None,
+        threshold: float | None = None,
+        score: ScoreKind | None = None,
+        border_removal: int | None = None,
+        position_scale: tuple[float, float] | None = None,
+        gradient_mode: GradientMode | None = None,
+    ) -> EfficientLoFTR:
         """A model with trained weights, in evaluation mode; see :func:`eloftr_ops.weights.load_pretrained`."""
         from eloftr_ops.weights import load_pretrained
 
-        return load_pretrained(name_or_path, **options)
+        return load_pretrained(
+            name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            device=device,
+            dtype=dtype,
+            config=config,
+            threshold=threshold,
+            score=score,
+            border_removal=border_removal,
+            position_scale=position_scale,
+            gradient_mode=gradient_mode,
+        )
 
-    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, layout: Layout = "eloftr_ops") -> None:
         """Write a folder that :meth:`from_pretrained` loads; see :func:`eloftr_ops.weights.save_pretrained`."""
         from eloftr_ops.weights import save_pretrained
 
-        save_pretrained(self, folder, **options)
+        save_pretrained(self, folder, layout=layout)
 
     @property
     def _device(self) -> torch.device:
@@ -179,7 +232,7 @@ class EfficientLoFTR(nn.Module):
     def _dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def _pair_features(self, data: Mapping[str, Any]) -> tuple[Features, Features]:
+    def pair_features(self, data: Mapping[str, Any]) -> tuple[Features, Features]:
         """Features of both sides: given, or extracted, in one pass of the backbone where the images allow it."""
         check_pair(data)
         images: list[Tensor | None] = []
@@ -194,7 +247,12 @@ class EfficientLoFTR(nn.Module):
             images.append(image)
             masks.append(mask)
         image0, image1 = images
-        if image0 is not None and image1 is not None and image0.shape == image1.shape and masks == [None, None]:
+        if (
+            image0 is not None
+            and image1 is not None
+            and image0.shape == image1.shape
+            and masks == [None, None]
+        ):
             return self._extract(torch.cat([image0, image1]), None).split()
         features = []
         for side, image, mask in zip("01", images, masks, strict=True):
@@ -202,35 +260,32 @@ class EfficientLoFTR(nn.Module):
                 features.append(self._extract(image, mask))
             else:
                 widths = self.config.stage_channels[1:]
-                features.append(check_features(f"features{side}", data[f"features{side}"], widths, self._device))
+                features.append(
+                    check_features(f"features{side}", data[f"features{side}"], widths, self._device)
+                )
         check_same_batch(*features)
         return features[0], features[1]
 
     def _extract(self, image: Tensor, mask: Tensor | None) -> Features:
-        size = (image.shape[-2], image.shape[-1])
-        pad = (0, -size[1] % SIZE_MULTIPLE, 0, -size[0] % SIZE_MULTIPLE)
+        height, width = image.shape[-2:]
+        pad = (0, -width % SIZE_MULTIPLE, 0, -height % SIZE_MULTIPLE)
         image = image.to(self._dtype)
         if mask is None and any(pad):
-            mask = image.new_ones((image.shape[0], *size), dtype=torch.bool)
+            mask = torch.ones((image.shape[0], height, width), dtype=torch.bool, device=image.device)
         if mask is not None:
             image, mask = F.pad(image * mask[:, None], pad), F.pad(mask, pad)
         half, quarter, coarse = self.backbone(image)
-        return Features(half, quarter, coarse, mask, size)
-
-
-def _grid(coarse: Tensor) -> tuple[int, int]:
-    return coarse.shape[-2], coarse.shape[-1]
+        return Features(half, quarter, coarse, mask)
 
 
 def _on_image(matches: Matches, features0: Features, features1: Features) -> Matches:
     """Drop matches that the fine stage moved off the image or onto masked pixels."""
-    sides = ((matches.keypoints0, features0), (matches.keypoints1, features1))
     inside = torch.ones_like(matches.confidence, dtype=torch.bool)
-    for keypoints, features in sides:
-        x, y = keypoints.detach().floor().long().unbind(-1)
-        height, width = features.size
-        inside = inside & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        if features.pixel_mask is not None:
-            rows, columns = y.clamp(0, height - 1), x.clamp(0, width - 1)
-            inside = inside & features.pixel_mask[matches.batch_indexes, rows, columns]
+    for keypoints, features in ((matches.keypoints0, features0), (matches.keypoints1, features1)):
+        height, width = (8 * cells for cells in features.coarse.shape[-2:])
+        column, row = keypoints.detach().floor().long().unbind(-1)
+        inside = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        if features.mask is not None:
+            row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
+            inside = inside & features.mask[matches.batch_indexes, row, column]
     return Matches(*(field[inside] for field in matches))

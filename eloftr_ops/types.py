@@ -13,30 +13,30 @@ from torch import Tensor
 
 
 class Features(NamedTuple):
-    """One side of a batch of pairs, as :meth:`EfficientLoFTR.extract_features` returns it.
-
-    It does not depend on the image it is matched with, so it can be kept and matched against many.
-    """
+    """One side of a batch of pairs; independent of the image it is matched with."""
 
     half: Tensor  # (B, C1, 4h, 4w) backbone map at 1/2
     quarter: Tensor  # (B, C2, 2h, 2w) backbone map at 1/4
     coarse: Tensor  # (B, C, h, w) backbone map at 1/8
-    pixel_mask: Tensor | None  # (B, 8h, 8w) bool, pixels that exist and are valid; None: all of them
-    size: tuple[int, int]  # (H, W) of the image as given
+    mask: Tensor | None  # (B, 8h, 8w) bool, pixels that exist and are valid; None: all of them
 
     @property
     def coarse_mask(self) -> Tensor | None:
         """(B, h, w) bool: a coarse cell is valid when the pixel it sits on, (8 column, 8 row), is."""
-        return None if self.pixel_mask is None else self.pixel_mask[:, ::8, ::8]
+        return None if self.mask is None else self.mask[:, ::8, ::8]
 
     def split(self) -> tuple[Features, Features]:
         """Features of the first and of the second half of the batch."""
-        half, quarter, coarse = (x.chunk(2) for x in self[:3])
-        mask0, mask1 = (None, None) if self.pixel_mask is None else self.pixel_mask.chunk(2)
+        half, quarter, coarse = (x.chunk(2) for x in (self.half, self.quarter, self.coarse))
+        mask = (None, None) if self.mask is None else self.mask.chunk(2)
         return (
-            Features(half[0], quarter[0], coarse[0], mask0, self.size),
-            Features(half[1], quarter[1], coarse[1], mask1, self.size),
+            Features(half[0], quarter[0], coarse[0], mask[0]),
+            Features(half[1], quarter[1], coarse[1], mask[1]),
         )
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Tensors by name, batch first, without those that are None: what users keep."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 class CoarseScores(NamedTuple):

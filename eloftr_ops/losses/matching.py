@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from eloftr_kernels import pair_scores
 from eloftr_kernels.window_match import pixel_log_joint, subpixel_expectation, windows
+from torch import Tensor
+
 from eloftr_ops.config import EfficientLoFTRConfig
 from eloftr_ops.training.supervision import CoarsePairs, WindowTargets
 from eloftr_ops.types import CoarseScores

@@ -81,7 +81,12 @@ class StepResult(NamedTuple):
 
 
 def train(
-    model: EfficientLoFTR, pairs: HomographyPairs, config: TrainingConfig, folder: Path, *, until: int | None = None
+    model: EfficientLoFTR,
+    pairs: HomographyPairs,
+    config: TrainingConfig,
+    folder: Path,
+    *,
+    until: int | None = None,
 ) -> EfficientLoFTR:
     """Train, or go on training, ``model`` in ``folder``; returns the averaged model in evaluation mode.
 
@@ -96,7 +101,9 @@ def train(
         FloatingPointError: too many non-finite steps in a row; the last checkpoint is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(
+        _groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.99)
+    )
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
     )
@@ -120,25 +127,32 @@ def train(
             _log(folder / "log.jsonl", step, result, time.monotonic() - started)
         if step % config.checkpoint_every == 0 or step == config.steps:
             _save(folder / "checkpoint.pt", step, model, optimizer, average)
-    return average.module.eval()  # type: ignore[no-any-return]
+    trained = average.module
+    if not isinstance(trained, EfficientLoFTR):
+        raise TypeError(f"model: expected an EfficientLoFTR, got {type(trained).__name__}.")
+    return trained.eval()
 
 
 def batch_losses(
-    model: EfficientLoFTR, batch: HomographyBatch, config: TrainingConfig, generator: torch.Generator, *, fine: bool
+    model: EfficientLoFTR,
+    batch: HomographyBatch,
+    config: TrainingConfig,
+    generator: torch.Generator,
+    *,
+    fine: bool,
 ) -> StepResult:
     """Losses of one rendered batch; ``generator`` draws the windows, ``fine`` runs the fine stage."""
     model_config: EfficientLoFTRConfig = model.config
-    both = model.extract_features(torch.cat([batch.image0, batch.image1]))
-    features0, features1 = both.split()
+    features0, features1 = model.pair_features({"image0": batch.image0, "image1": batch.image1})
     maps = model.match_maps(features0, features1, with_best=False)
-    grid0, grid1 = maps.coarse0.shape[-2:], maps.coarse1.shape[-2:]
+    grid0, grid1 = maps.grids
     valid0, valid1 = batch.valid0[:, 0, ::8, ::8], batch.valid1[:, 0, ::8, ::8]
-    true = pairs_from_homography(batch.H_0to1, tuple(grid0), tuple(grid1), valid0, valid1)
+    true = pairs_from_homography(batch.H_0to1, grid0, grid1, valid0, valid1)
     coarse, confidence = coarse_focal_loss(maps.scores, true, model_config)
     pixel = subpixel = coarse.new_zeros(())
     if fine:
         sampled = sample_pairs(true, config.windows, generator)
-        targets = window_targets_from_homography(batch.H_0to1, sampled, tuple(grid0), tuple(grid1))
+        targets = window_targets_from_homography(batch.H_0to1, sampled, grid0, grid1)
         fine0, fine1 = model.fine_maps(features0, features1, maps)
         pixel, subpixel = window_losses(fine0, fine1, sampled, targets, model_config)
     return StepResult(MatchingLosses(coarse, pixel, subpixel), confidence)

@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from eloftr_kernels.window_match import pixel_offsets
 from kornia.geometry.linalg import transform_points
 from torch import Tensor
-
-from eloftr_kernels.window_match import pixel_offsets
 
 CELL = 8
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-Layout = Literal["authors", "transformers"]
+Layout = Literal["eloftr_ops", "authors", "transformers"]
 
 # (theirs, ours): the first pair that fits the head of a name renames it; {n} stands for a number.
 _AUTHORS_HEADS = (
@@ -55,7 +55,8 @@ _TRANSFORMERS_TAILS = (
     ("mlp.fc2.", "contract."),
     ("mlp.layer_norm.", "update_norm."),
 )
-_TABLES = {
+_TABLES: dict[Layout, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]] = {
+    "eloftr_ops": ((), ()),
     "authors": (_AUTHORS_HEADS, _AUTHORS_TAILS),
     "transformers": (_TRANSFORMERS_HEADS, _TRANSFORMERS_TAILS),
 }

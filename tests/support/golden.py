@@ -42,7 +42,8 @@ def seeded_state_dict(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str
 
 def golden_model(**changes: object) -> EfficientLoFTR:
     """The ``full`` model with the reference's weights and threshold, in evaluation mode."""
-    model = EfficientLoFTR(EfficientLoFTRConfig().replace(threshold=float(reference()["threshold"]), **changes))
+    settings = {"threshold": float(reference()["threshold"]), **changes}
+    model = EfficientLoFTR(EfficientLoFTRConfig().replace(**settings))
     ours = model.state_dict()
     names = {key: to_layout(key, "authors") for key in ours}
     drawn = seeded_state_dict({names[k]: tuple(v.shape) for k, v in ours.items()}, int(reference()["seed"]))

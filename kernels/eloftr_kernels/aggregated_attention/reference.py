@@ -29,7 +29,7 @@ def aggregated_attention(
 
     .. math::
         q = W_q\,\mathrm{LN}(\mathrm{DWConv}_{4\times4}(x)),\quad
-        k = W_k\,\mathrm{LN}(\mathrm{MaxPool}_{4\times4}(s)),\quad v = W_v\,\mathrm{LN}(\mathrm{MaxPool}_{4\times4}(s)),\quad
+        (k, v) = (W_k, W_v)\,\mathrm{LN}(\mathrm{MaxPool}_{4\times4}(s)),\quad
         m = W_m\,\mathrm{softmax}(R q\,(R k)^\top / \sqrt{d})\, v
 
     with :math:`R` the rotation of channel pairs :math:`(2c, 2c+1)` by ``rotary`` (cosines, sines), applied before the
@@ -60,7 +60,7 @@ def aggregated_attention(
         message = F.scaled_dot_product_attention(q, k, v, attn_mask=(key_valid | ~some)[:, None, None])
         message = message * some[..., None, None]
     message = F.linear(message.transpose(1, 2).flatten(2), merge_weight)
-    message = message.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+    message = message.mT.reshape(-1, x.shape[1], rows, columns).contiguous(memory_format=torch.channels_last)
     return message if mask is None else message * token_mask(mask)[:, None]
 
 

@@ -29,8 +29,8 @@ def dual_softmax_lse(
 
     .. math:: r_i = \log\sum_j e^{s_{ij}}, \qquad c_j = \log\sum_i e^{s_{ij}}.
 
-    Accumulated in float32 (float64 for float64 input), also under autocast. The backward recomputes each block, so
-    memory is O(B (L + S) C) in both directions.
+    Accumulated in float32 (float64 for float64 input), also under autocast. The backward recomputes each
+    block, so memory is O(B (L + S) C) in both directions.
 
     Returns:
         ``row_lse`` (B, L) and ``col_lse`` (B, S). Masked rows and columns hold about -1e9.
@@ -41,13 +41,19 @@ def dual_softmax_lse(
         return torch.logsumexp(scores, 2), torch.logsumexp(scores, 1)
 
     features0, features1 = _accumulation_dtype(features0), _accumulation_dtype(features1)
+    blocks = [(rows, None if mask0 is None else mask0[:, rows]) for rows in _row_blocks(features0, features1)]
     with torch.autocast(features0.device.type, enabled=False):
-        parts = [
-            _recomputed(block_lse, features0[:, rows], features1, None if mask0 is None else mask0[:, rows])
-            for rows in _row_blocks(features0, features1)
-        ]
-    row_lse, col_lse = zip(*parts, strict=True)
-    return torch.cat(row_lse, 1), torch.logsumexp(torch.stack(col_lse), 0)
+        if torch.is_grad_enabled() and (features0.requires_grad or features1.requires_grad):
+            parts = [_recomputed(block_lse, features0[:, rows], features1, mask) for rows, mask in blocks]
+            row_parts, col_parts = zip(*parts, strict=True)
+            return torch.cat(row_parts, 1), torch.logsumexp(torch.stack(col_parts), 0)
+        # Results written in place: pieces kept between the large temporaries would fragment the heap.
+        row_lse = features0.new_empty(features0.shape[:2])
+        col_lse = features1.new_full(features1.shape[:2], -torch.inf)
+        for rows, mask in blocks:
+            row_lse[:, rows], block_col = block_lse(features0[:, rows], features1, mask)
+            torch.logaddexp(col_lse, block_col, out=col_lse)
+        return row_lse, col_lse
 
 
 @torch.no_grad()
@@ -62,29 +68,31 @@ def mutual_best(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Best partner of every cell under the logarithm of the confidence, :math:`2 s_{ij} - r_i - c_j`.
 
-    Without ``row_lse`` and ``col_lse`` the raw score :math:`s_{ij}` decides (*optimized* inference). Of equal scores
-    the lowest index wins. No gradient.
+    Without ``row_lse`` and ``col_lse`` the raw score :math:`s_{ij}` decides (*optimized* inference). Of equal
+    scores the lowest index wins. No gradient.
 
     Returns:
         ``best1`` (B, L) int64, ``best0`` (B, S) int64, and the score (B, L) of each ``best1``.
     """
     features0, features1 = _accumulation_dtype(features0), _accumulation_dtype(features1)
-    best1, score1 = [], []
-    score0 = features1.new_full(features1.shape[:2], -torch.inf)
+    if 0 in (features0.shape[1], features1.shape[1]):
+        best = [torch.zeros(f.shape[:2], dtype=torch.int64, device=f.device) for f in (features0, features1)]
+        return best[0], best[1], features0.new_full(features0.shape[:2], -torch.inf)
+    best1 = torch.zeros(features0.shape[:2], dtype=torch.int64, device=features0.device)
     best0 = torch.zeros(features1.shape[:2], dtype=torch.int64, device=features1.device)
+    score1 = features0.new_full(features0.shape[:2], -torch.inf)
+    score0 = features1.new_full(features1.shape[:2], -torch.inf)
     with torch.autocast(features0.device.type, enabled=False):
         for rows in _row_blocks(features0, features1):
             mask = None if mask0 is None else mask0[:, rows]
             scores = _scores(features0[:, rows], features1, temperature, mask, mask1)
             if row_lse is not None and col_lse is not None:
                 scores = scores.mul_(2).sub_(row_lse[:, rows, None]).sub_(col_lse[:, None])
-            block_score1, block_best1 = scores.max(2)
+            score1[:, rows], best1[:, rows] = scores.max(2)
             block_score0, block_best0 = scores.max(1)
             best0 = torch.where(block_score0 > score0, block_best0 + rows.start, best0)
             score0 = torch.maximum(score0, block_score0)
-            best1.append(block_best1)
-            score1.append(block_score1)
-    return torch.cat(best1, 1), best0, torch.cat(score1, 1)
+    return best1, best0, score1
 
 
 def pair_scores(
@@ -131,9 +139,7 @@ def _row_blocks(features0: Tensor, features1: Tensor) -> Iterator[slice]:
 
 def _recomputed(function: Callable[..., T], *args: Tensor | None) -> T:
     """Call ``function`` keeping only its inputs for the backward."""
-    if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in args):
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
-    return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
 def _accumulation_dtype(x: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def window_match(
         \mathrm{softmax}_\Delta\bigl(\langle a'_{l^*}, b'_{r^*+\Delta}\rangle / (\sqrt d\,\tau)\bigr).
 
     With ``soft_temperature`` :math:`T` the expectations of both pixels under :math:`p^{1/T}`, normalised over the
-    64x64 pairs, are returned too. ``centred_subpixel``: see :func:`subpixel_expectation`. Gradient reaches both maps through :math:`\delta` and the expectations.
+    64x64 pairs, are returned too. ``centred_subpixel``: see :func:`subpixel_expectation`. Gradient reaches both maps
+    through :math:`\delta` and the expectations.
     """
     channels = map0.shape[1]
     windows0 = windows(map0, batch, cells0, ring=0)
@@ -91,7 +92,8 @@ def windows(fine_map: Tensor, batch: Tensor, cells: Tensor, ring: int) -> Tensor
     w = interpolation @ w.reshape(-1, _PATCH, channels)  # along columns: (M * side, side, D)
     w = w.reshape(-1, side, side, channels)
     if ring:
-        w = w * (_inside(rows, height, side, ring)[:, :, None] * _inside(columns, width, side, ring)[:, None])[..., None]
+        inside_rows, inside_columns = _inside(rows, height, side, ring), _inside(columns, width, side, ring)
+        w = w * (inside_rows[:, :, None] * inside_columns[:, None])[..., None]
     return w.flatten(1, 2)
 
 
@@ -105,7 +107,8 @@ def pixel_log_joint(coarse0: Tensor, coarse1: Tensor, channels: int) -> Tensor:
     """
     with torch.autocast(coarse0.device.type, enabled=False):
         scores = _accumulation_dtype(coarse0) @ (_accumulation_dtype(coarse1) / channels).mT
-        inner = scores.unflatten(2, (WINDOW + 2 * RING, WINDOW + 2 * RING))[..., RING:-RING, RING:-RING].flatten(2)
+        side = WINDOW + 2 * RING
+        inner = scores.reshape(-1, WINDOW**2, side, side)[..., RING:-RING, RING:-RING].flatten(2)
         over0 = torch.logsumexp(inner, 1, keepdim=True)
         over1 = torch.logsumexp(scores, 2, keepdim=True)
         return 2 * inner - over0 - over1
@@ -118,7 +121,8 @@ def subpixel_expectation(
     index1: Tensor,  # (N,) pixel of the 8x8 window of image 1
     temperature: float,
     centred: bool,
-    match: Tensor | None = None,  # (N,) which of the M windows each of N pixel pairs lies in; default: one pair each
+    match: Tensor
+    | None = None,  # (N,) which of the M windows each of N pixel pairs lies in; default: one pair each
 ) -> Tensor:
     """Expected (x, y) offset, -1 .. 1, over a 3x3 neighbourhood in image 1 for the feature at ``index0``: (N, 2).
 

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two-view geometry from matches: batched, weighted, robust, differentiable.
+
+An ill-posed pair is flagged (`valid=False`) and gets zero gradient; it never raises and never disturbs the
+other pairs of its batch.
+"""
+
+from eloftr_ops.geometry.consensus import ConsensusEstimate, estimate_robust
+from eloftr_ops.geometry.frames import from_integer_centers, to_integer_centers
+from eloftr_ops.geometry.fundamental import (
+    FundamentalEstimate,
+    fundamental_from_matches,
+    fundamental_from_pose,
+)
+from eloftr_ops.geometry.homography import HomographyEstimate, apply_homography, homography_from_matches
+from eloftr_ops.geometry.pose import (
+    EssentialEstimate,
+    PoseEstimate,
+    essential_from_matches,
+    relative_pose_from_matches,
+)
+
+__all__ = [
+    "ConsensusEstimate",
+    "EssentialEstimate",
+    "FundamentalEstimate",
+    "HomographyEstimate",
+    "PoseEstimate",
+    "apply_homography",
+    "essential_from_matches",
+    "estimate_robust",
+    "from_integer_centers",
+    "fundamental_from_matches",
+    "fundamental_from_pose",
+    "homography_from_matches",
+    "relative_pose_from_matches",
+    "to_integer_centers",
+]

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks of the geometry functions and losses, run once at the public layer."""
+
+import torch
+from torch import Tensor
+
+from eloftr_ops.geometry._linalg import work_dtype
+
+
+def check_matches(
+    keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Tensor, batch_size: int, weights: Tensor | None
+) -> None:
+    """Raise unless the arguments are M well-formed, finite matches of `batch_size` pairs."""
+    _check_keypoints("keypoints0", keypoints0)
+    _check_keypoints("keypoints1", keypoints1)
+    if keypoints0.shape != keypoints1.shape:
+        raise ValueError(
+            "keypoints1: expected the shape of keypoints0 "
+            f"{tuple(keypoints0.shape)}, got {tuple(keypoints1.shape)}; row m of both is one match"
+        )
+    _check_batch_indexes(batch_indexes, keypoints0.shape[0], batch_size)
+    if weights is not None:
+        check_weights(weights, keypoints0.shape[0])
+
+
+def check_weights(weights: Tensor, count: int) -> None:
+    """Raise unless `weights` is `(count,)`, floating point, finite and nowhere negative."""
+    if not torch.is_floating_point(weights):
+        raise TypeError(f"weights: expected a floating point dtype, got {weights.dtype}; call .float() first")
+    if weights.shape != (count,):
+        raise ValueError(f"weights: expected shape (M,) = ({count},), got {tuple(weights.shape)}")
+    bad = ~(torch.isfinite(weights) & (weights >= 0))
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"weights: expected finite values >= 0, got {float(weights[row])} at match {row}; "
+            "use 0 to leave a match out"
+        )
+
+
+def check_matrices(name: str, matrices: Tensor, batch_size: int, rows: int = 3) -> None:
+    """Raise unless `matrices` is `(batch_size, rows, rows)`, floating point and finite."""
+    if not torch.is_floating_point(matrices):
+        raise TypeError(f"{name}: expected a floating point dtype, got {matrices.dtype}")
+    if matrices.shape != (batch_size, rows, rows):
+        raise ValueError(
+            f"{name}: expected shape (B, {rows}, {rows}) = ({batch_size}, {rows}, {rows}), "
+            f"got {tuple(matrices.shape)}"
+        )
+    bad = ~torch.isfinite(matrices).flatten(1).all(1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"{name}: expected finite values, got NaN or infinity in batch element {_first(bad)}"
+        )
+
+
+def check_intrinsics(name: str, intrinsics: Tensor, batch_size: int) -> None:
+    """Raise unless `intrinsics` is `(batch_size, 3, 3)`, finite and safely invertible."""
+    check_matrices(name, intrinsics, batch_size)
+    K = intrinsics.detach().to(work_dtype(intrinsics.device))
+    rows = torch.linalg.vector_norm(K, dim=-1).clamp_min(torch.finfo(K.dtype).tiny)
+    # Hadamard's ratio: 1 for orthogonal rows, 0 for a singular matrix, whatever the focal length.
+    singular = torch.linalg.det(K / rows[..., None]).abs() < 1e-9
+    if bool(singular.any()):
+        raise ValueError(
+            f"{name}: expected invertible intrinsics [[fx, s, cx], [0, fy, cy], [0, 0, 1]], "
+            f"got a singular matrix in batch element {_first(singular)}"
+        )
+
+
+def check_scale(name: str, value: float) -> None:
+    """Raise unless `value` is a positive finite number."""
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+
+
+def check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_keypoints(name: str, keypoints: Tensor) -> None:
+    if not torch.is_floating_point(keypoints):
+        raise TypeError(
+            f"{name}: expected a floating point dtype, got {keypoints.dtype}; call .float() first"
+        )
+    if keypoints.ndim != 2 or keypoints.shape[1] != 2:
+        raise ValueError(f"{name}: expected shape (M, 2), got {tuple(keypoints.shape)}")
+    bad = ~torch.isfinite(keypoints).all(1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"{name}: expected finite coordinates, got NaN or infinity at match {_first(bad)}; "
+            "drop such matches before estimating"
+        )
+
+
+def _check_batch_indexes(batch_indexes: Tensor, count: int, batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if batch_indexes.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"batch_indexes: expected an integer dtype, got {batch_indexes.dtype}; call .long()")
+    if batch_indexes.shape != (count,):
+        raise ValueError(f"batch_indexes: expected shape (M,) = ({count},), got {tuple(batch_indexes.shape)}")
+    outside = (batch_indexes < 0) | (batch_indexes >= batch_size)
+    if bool(outside.any()):
+        row = _first(outside)
+        raise IndexError(
+            f"batch_indexes: expected values in [0, {batch_size}), got {int(batch_indexes[row])} at "
+            f"match {row}; pass the number of image pairs as batch_size"
+        )
+
+
+def _first(mask: Tensor) -> int:
+    return int(mask.nonzero()[0, 0])

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Robust estimation by sample consensus, for inference: no gradients, high outlier ratios."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from eloftr_ops.geometry._checks import check_choice, check_intrinsics, check_matches, check_scale
+from eloftr_ops.geometry._eight_point import nearest_essential, with_fixed_sign
+from eloftr_ops.geometry._linalg import result_dtype
+from eloftr_ops.geometry._ragged import pad_matches
+from eloftr_ops.geometry.fundamental import fundamental_from_matches
+from eloftr_ops.geometry.homography import homography_from_matches
+from eloftr_ops.geometry.pose import choose_motion, relative_pose_from_matches, to_camera
+
+__all__ = ["ConsensusEstimate", "estimate_robust"]
+
+_SAMPLE_SIZE = {"homography": 4, "fundamental": 7, "pose": 5}
+_Solver = Callable[[np.ndarray, np.ndarray, int], tuple[Any, Any]]
+
+
+class ConsensusEstimate(NamedTuple):
+    """Models of B pairs and the matches that agree with them. Nothing here carries a gradient."""
+
+    model_0to1: Tensor  # (B, 3, 3) homography or fundamental matrix, or (B, 4, 4) pose
+    valid: Tensor  # (B,) bool: a model was found and its inliers determine one
+    inliers: (
+        Tensor  # (M,) bool, in the order of the matches; False for every match of a pair that is not valid
+    )
+
+
+def estimate_robust(
+    keypoints0: Tensor,
+    keypoints1: Tensor,
+    batch_indexes: Tensor,
+    batch_size: int,
+    *,
+    model: str,
+    K0: Tensor | None = None,
+    K1: Tensor | None = None,
+    threshold: float = 1.0,
+    confidence: float = 0.9999,
+    max_iterations: int = 10_000,
+    seed: int = 0,
+) -> ConsensusEstimate:
+    """Estimate a model of each pair from matches of which many may be wrong (OpenCV's USAC with MAGSAC++).
+
+    Runs on the CPU, pair by pair (Barath et al. 2020). Its pose and homography are a start for the
+    differentiable estimators: pass them as `initial_0to1` and the inliers as weights.
+
+    Convention:
+        - Direction and frames: as `homography_from_matches`, `fundamental_from_matches` and
+          `relative_pose_from_matches`, whose normalisation the models have.
+        - Units: threshold in pixels: transfer error for a homography, distance to the epipolar line
+          otherwise.
+        - Degenerate input: too few matches, or inliers that do not determine the model (collinear, repeated),
+          give `valid=False`, the identity (the zero matrix for a fundamental matrix) and no inliers.
+        - Gradient: none; the inputs are detached.
+        - Randomness: from `seed` alone; no global random state is read or changed.
+
+    Args:
+        keypoints0: `(M, 2)` in image 0, pixels.
+        keypoints1: `(M, 2)` in image 1, pixels.
+        batch_indexes: `(M,)` integers in [0, batch_size), in any order.
+        batch_size: B, the number of pairs.
+        model: "homography", "fundamental" or "pose".
+        K0: `(B, 3, 3)` intrinsics of camera 0; needed for "pose" only.
+        K1: `(B, 3, 3)` intrinsics of camera 1; needed for "pose" only.
+        threshold: largest error of an inlier.
+        confidence: in (0, 1), the probability with which to find the best model.
+        max_iterations: the most samples per pair.
+        seed: of the sampling.
+
+    Returns:
+        A `ConsensusEstimate` on the keypoints' device; the models in their dtype, at least float32.
+
+    Raises:
+        ValueError: shapes that do not fit, NaN or infinite coordinates, an unknown model, missing or singular
+            intrinsics.
+        IndexError: a batch index out of range.
+        TypeError: integer keypoints, floating point batch indexes.
+    """
+    check_matches(keypoints0, keypoints1, batch_indexes, batch_size, None)
+    check_choice("model", model, tuple(_SAMPLE_SIZE))
+    check_scale("threshold", threshold)
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
+    if model == "pose" and (K0 is None or K1 is None):
+        raise ValueError("K0, K1: expected intrinsics (B, 3, 3) for model='pose', got None")
+    for name, K in (("K0", K0), ("K1", K1)):
+        if model == "pose" and K is not None:
+            check_intrinsics(name, K, batch_size)
+    parameters = _parameters(threshold, confidence, max_iterations, seed)
+    solver = _solver(model, parameters, K0, K1)
+    matrices = torch.eye(3, dtype=torch.float64).repeat(batch_size, 1, 1)
+    inliers = torch.zeros(keypoints0.shape[0], dtype=torch.bool)
+    index = batch_indexes.detach().cpu().long()
+    points0, points1 = (p.detach().cpu().double().numpy() for p in (keypoints0, keypoints1))
+    for pair in range(batch_size):
+        rows = (index == pair).nonzero()[:, 0]
+        if rows.shape[0] < _SAMPLE_SIZE[model]:
+            continue
+        matrix, mask = solver(points0[rows.numpy()], points1[rows.numpy()], pair)
+        if matrix is not None and matrix.shape == (3, 3) and np.isfinite(matrix).all():
+            matrices[pair] = torch.from_numpy(matrix)
+            inliers[rows] = torch.from_numpy(mask.ravel() > 0)
+    kept = (keypoints0.detach(), keypoints1.detach(), batch_indexes, inliers.to(keypoints0.device))
+    return _judged(model, matrices.to(keypoints0.device), kept, K0, K1)
+
+
+def _parameters(threshold: float, confidence: float, max_iterations: int, seed: int) -> Any:
+    parameters = cv2.UsacParams()
+    parameters.score = cv2.SCORE_METHOD_MAGSAC
+    parameters.sampler = cv2.SAMPLING_UNIFORM
+    parameters.loMethod = cv2.LOCAL_OPTIM_SIGMA
+    parameters.final_polisher = cv2.LSQ_POLISHER
+    parameters.threshold = threshold
+    parameters.confidence = confidence
+    parameters.maxIterations = max_iterations
+    parameters.randomGeneratorState = seed
+    return parameters
+
+
+def _solver(model: str, parameters: Any, K0: Tensor | None, K1: Tensor | None) -> _Solver:
+    if model == "homography":
+        return lambda x0, x1, pair: cv2.findHomography(x0, x1, parameters)
+    if model == "fundamental" or K0 is None or K1 is None:
+        return lambda x0, x1, pair: cv2.findFundamentalMat(x0, x1, parameters)
+    cameras0, cameras1 = K0.detach().cpu().double().numpy(), K1.detach().cpu().double().numpy()
+    undistorted = np.zeros(5)
+
+    def essential(x0: np.ndarray, x1: np.ndarray, pair: int) -> tuple[Any, Any]:
+        found: tuple[Any, Any] = cv2.findEssentialMat(
+            x0, x1, cameras0[pair], cameras1[pair], undistorted, undistorted, parameters
+        )
+        return found
+
+    return essential
+
+
+def _judged(
+    model: str,
+    matrices: Tensor,
+    kept: tuple[Tensor, Tensor, Tensor, Tensor],
+    K0: Tensor | None,
+    K1: Tensor | None,
+) -> ConsensusEstimate:
+    """Normalise the models as the differentiable estimators do, and let those say which are determined."""
+    keypoints0, keypoints1, batch_indexes, inliers = kept
+    batch_size = matrices.shape[0]
+    matches = (keypoints0, keypoints1, batch_indexes)
+    weights = inliers.to(keypoints0.dtype)
+    dtype = result_dtype(keypoints0.dtype)
+    with torch.no_grad():
+        if K0 is not None and K1 is not None and model == "pose":
+            result, front = _poses(matrices, matches, weights, K0, K1)
+            estimate = relative_pose_from_matches(
+                *matches, K0, K1, weights, refine_steps=1, initial_0to1=result
+            )
+            valid, empty = estimate.valid & front, torch.eye(4, dtype=dtype, device=matrices.device)
+        elif model == "homography":
+            root = torch.linalg.det(matrices)
+            root = root.sign() * root.abs().pow(1.0 / 3.0)
+            result = matrices / torch.where(root == 0, 1.0, root)[:, None, None]
+            valid = homography_from_matches(*matches, batch_size, weights).valid & (root != 0)
+            empty = torch.eye(3, dtype=dtype, device=matrices.device)
+        else:
+            result = with_fixed_sign(matrices)
+            valid = fundamental_from_matches(*matches, batch_size, weights).valid
+            empty = torch.zeros(3, 3, dtype=dtype, device=matrices.device)
+        chosen = torch.where(valid[:, None, None], result.to(dtype), empty)
+        return ConsensusEstimate(chosen, valid, inliers & valid[batch_indexes.long()])
+
+
+def _poses(
+    E: Tensor, matches: tuple[Tensor, Tensor, Tensor], weights: Tensor, K0: Tensor, K1: Tensor
+) -> tuple[Tensor, Tensor]:
+    padded = pad_matches(*matches, E.shape[0], weights)
+    camera = padded._replace(
+        points0=to_camera(padded.points0, K0.to(padded.points0.dtype)),
+        points1=to_camera(padded.points1, K1.to(padded.points1.dtype)),
+    )
+    essential, t, _ = nearest_essential(with_fixed_sign(E.to(padded.points0.dtype)))
+    R, t, front = choose_motion(essential, t, camera)
+    T = torch.eye(4, dtype=R.dtype, device=R.device).repeat(R.shape[0], 1, 1)
+    T[:, :3, :3], T[:, :3, 3] = R, t
+    return T, front

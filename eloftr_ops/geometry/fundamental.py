@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fundamental matrices from matches and from poses."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eloftr_ops.geometry._charts import FundamentalChart
+from eloftr_ops.geometry._checks import (
+    check_choice,
+    check_intrinsics,
+    check_matches,
+    check_matrices,
+    check_scale,
+)
+from eloftr_ops.geometry._eight_point import (
+    LEAST_MATCHES,
+    eight_point,
+    nearest_rank_two,
+    to_pixels,
+    with_fixed_sign,
+)
+from eloftr_ops.geometry._linalg import Normalised, result_dtype, skew, work_dtype
+from eloftr_ops.geometry._ragged import PaddedMatches, pad_matches
+from eloftr_ops.geometry._refine import Objective, minimise
+from eloftr_ops.geometry._residuals import SampsonResidual
+from eloftr_ops.geometry._robust import (
+    KERNELS,
+    far_point_weight,
+    graduated_start,
+    robust_weight,
+    sampled_start,
+)
+from eloftr_ops.geometry.homography import resolve_steps
+
+__all__ = ["FundamentalEstimate", "fundamental_from_matches", "fundamental_from_pose"]
+
+
+class FundamentalEstimate(NamedTuple):
+    """Fundamental matrices of B pairs, with what is known about them."""
+
+    F_0to1: Tensor  # (B, 3, 3), rank 2, unit norm, largest entry positive; zero where not valid
+    valid: Tensor  # (B,) bool: the matches determine a fundamental matrix
+    converged: Tensor  # (B,) bool: the refinement reached its minimum; equals `valid` without refinement
+    conditioning: Tensor  # (B,) in [0, 1]: how far from ill-posed; no gradient
+    inlier_weights: Tensor  # (M,) in [0, 1], the robust kernel's weight of each match; differentiable
+
+
+def fundamental_from_matches(
+    keypoints0: Tensor,
+    keypoints1: Tensor,
+    batch_indexes: Tensor,
+    batch_size: int,
+    weights: Tensor | None = None,
+    *,
+    robust: str | None = None,
+    robust_scale: float = 1.0,
+    refine_steps: int | None = None,
+) -> FundamentalEstimate:
+    """Estimate the fundamental matrix of each pair of a ragged batch of matches.
+
+    By default the weighted, normalised eight-point algorithm (Hartley 1997) with the nearest matrix of rank
+    two. With `refine_steps > 0`, Levenberg-Marquardt on the Sampson error over the matrices of rank two
+    (Hartley and Zisserman, section 11.4.3), started there; with `robust`, on the robust Sampson error,
+    started by graduated re-weighting.
+
+    Convention:
+        - Frame: any; F_0to1 is bound to the frames of the two keypoint sets. Pixels, axis order (x, y).
+        - Direction: `(keypoints1, 1)^T F_0to1 (keypoints0, 1) = 0`; `F_0to1 @ x0` is a line in image 1
+          (OpenCV's and kornia's order). F_1to0 is the transpose, up to sign.
+        - Scale and sign: unit Frobenius norm, the entry of largest magnitude positive. The sign has no
+          geometric meaning and jumps where two such entries tie; the losses do not depend on it.
+        - Weights: only their ratios within a pair matter.
+        - dtype: computed in float64; the result has the keypoints' dtype, at least float32.
+        - Degenerate input: fewer than eight matches of positive weight, collinear or repeated points, points
+          on one plane, a pure rotation, all weights zero, give `valid=False`, the zero matrix and zero
+          gradient, and leave the other pairs alone. An exact fit is well-posed.
+        - Gradient: exact. Linear: through both null vectors, which stays finite where singular values
+          coincide.
+          Refined: the implicit function theorem at the minimum; zero where it has not converged.
+
+    Args:
+        keypoints0: `(M, 2)` in image 0.
+        keypoints1: `(M, 2)` in image 1.
+        batch_indexes: `(M,)` integers in [0, batch_size), in any order.
+        batch_size: B, the number of pairs.
+        weights: `(M,)`, finite, >= 0; None for ones.
+        robust: None, "cauchy" or "geman_mcclure".
+        robust_scale: Sampson error in pixels at which a match starts to count as an outlier.
+        refine_steps: the most iterations; None for 0, or 20 with a robust kernel, which needs at least one.
+
+    Returns:
+        A `FundamentalEstimate`.
+
+    Raises:
+        ValueError: shapes that do not fit, NaN or infinite coordinates, negative or NaN weights, an unknown
+            kernel.
+        IndexError: a batch index out of range.
+        TypeError: integer keypoints or weights, floating point batch indexes.
+    """
+    check_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
+    check_choice("robust", robust, KERNELS)
+    check_scale("robust_scale", robust_scale)
+    steps = resolve_steps(refine_steps, robust, False)
+    matches = pad_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
+    if steps == 0:
+        solution = eight_point(matches, matches.weights)
+        matrix, unique = nearest_rank_two(solution.matrix)
+        F = to_pixels(matrix, solution.frame0, solution.frame1)
+        valid = solution.determined & unique
+        converged, conditioning = valid, solution.gap
+    else:
+        F, valid, converged, conditioning = _refined_estimate(matches, robust, robust_scale, steps)
+    F = torch.where(valid[:, None, None], with_fixed_sign(F), 0.0)
+    scale = F.new_full((batch_size,), robust_scale)
+    squared = SampsonResidual.value(F, matches.points0, matches.points1).square().sum(-1)
+    inlier_weights = matches.gather(robust_weight(squared, scale, robust))
+    dtype = result_dtype(keypoints0.dtype)
+    return FundamentalEstimate(
+        F.to(dtype), valid, converged, conditioning.to(dtype), inlier_weights.to(dtype)
+    )
+
+
+def fundamental_from_pose(T_0to1: Tensor, K0: Tensor, K1: Tensor) -> Tensor:
+    """Fundamental matrix of a known relative pose, for the epipolar losses and for weak supervision.
+
+    Convention:
+        - `X1 = R X0 + t` with `T_0to1 = [[R, t], [0, 1]]` (world-to-camera order, as COLMAP and kornia);
+          `F_0to1 = K1^-T [t]_x R K0^-1`.
+        - The intrinsics decide the pixel frame: with the centre of pixel (x, y) at (x + 0.5, y + 0.5), cx
+          and cy are 0.5 larger than in OpenCV's frame.
+        - Degenerate input: a pose without translation gives the zero matrix, for which the epipolar losses
+          are
+          zero: nothing is known about a match but its rotation, which they do not use.
+        - Gradient: exact, also at zero translation.
+
+    Args:
+        T_0to1: `(B, 4, 4)`, translation in any unit.
+        K0: `(B, 3, 3)` intrinsics of camera 0, pixels.
+        K1: `(B, 3, 3)` intrinsics of camera 1.
+
+    Returns:
+        `(B, 3, 3)`, the dtype of T_0to1, at least float32; linear in the translation.
+
+    Raises:
+        ValueError: shapes that do not fit, non-finite entries, intrinsics that are not invertible.
+        TypeError: an integer dtype.
+    """
+    check_matrices("T_0to1", T_0to1, T_0to1.shape[0] if T_0to1.ndim else 0, rows=4)
+    check_intrinsics("K0", K0, T_0to1.shape[0])
+    check_intrinsics("K1", K1, T_0to1.shape[0])
+    work = work_dtype(T_0to1.device)
+    T, inverse0, inverse1 = T_0to1.to(work), torch.linalg.inv(K0.to(work)), torch.linalg.inv(K1.to(work))
+    F = inverse1.mT @ skew(T[:, :3, 3]) @ T[:, :3, :3] @ inverse0
+    result: Tensor = F.to(result_dtype(T_0to1.dtype))
+    return result
+
+
+def robust_eight_point(matches: PaddedMatches, scale: Tensor) -> Tensor:
+    """Sampled, then graduated eight-point solutions in the unit of the matches, without gradient.
+
+    Args:
+        matches: padded matches.
+        scale: `(B,)`, final Sampson error at which a match starts to count as an outlier, in the matches'
+        unit.
+
+    Returns:
+        Matrices `(B, 3, 3)`: the start of a refinement.
+    """
+
+    def solve(weights: Tensor) -> Tensor:
+        solution = eight_point(matches, weights)
+        return to_pixels(nearest_rank_two(solution.matrix)[0], solution.frame0, solution.frame1)
+
+    def squared(matrix: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        return SampsonResidual.value(matrix, x0, x1).square().sum(-1)
+
+    def residual(matrix: Tensor) -> Tensor:
+        return squared(matrix, matches.points0, matches.points1)
+
+    def propose(sample0: Tensor, sample1: Tensor) -> Tensor:
+        sample = PaddedMatches(sample0, sample1, torch.ones_like(sample0[..., 0]), matches.slots, matches.eps)
+        solution = eight_point(sample, sample.weights)
+        return to_pixels(solution.matrix, solution.frame0, solution.frame1)
+
+    with torch.no_grad():
+        bulk = far_point_weight(matches.points1, far_point_weight(matches.points0, matches.weights))
+        points = (matches.points0, matches.points1)
+        start = sampled_start(propose, squared, points, bulk, scale, LEAST_MATCHES)
+        return graduated_start(start, solve, residual, bulk, scale)
+
+
+def _refined_estimate(
+    matches: PaddedMatches, robust: str | None, robust_scale: float, steps: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.no_grad():
+        linear = eight_point(matches, matches.weights)
+        # One scale for both images: with two, the Sampson error would no longer be that of the pixels.
+        common = (linear.frame0.scale * linear.frame1.scale).sqrt()
+        shift0, shift1 = _frame(linear.frame0, common), _frame(linear.frame1, common)
+        pixels = to_pixels(linear.matrix, linear.frame0, linear.frame1)
+        if robust is not None:
+            pixels = robust_eight_point(matches, common.new_full(common.shape, robust_scale))
+        start, unique = nearest_rank_two(_between(pixels, shift0, shift1))
+    objective = Objective(
+        SampsonResidual(),
+        matches.points0 * common[:, None, None] + shift0[:, None, :2, 2],
+        matches.points1 * common[:, None, None] + shift1[:, None, :2, 2],
+        matches.weights,
+        robust_scale * common,
+        robust,
+    )
+    minimum = minimise(FundamentalChart.centred(start), objective, steps, linear.least_gap)
+    F = shift1.mT @ minimum.chart.at(minimum.delta) @ shift0
+    enough = (matches.weights > 0).sum(1) >= LEAST_MATCHES
+    valid = enough & linear.frame0.spread & linear.frame1.spread & unique & minimum.determined
+    if robust is None:
+        valid = valid & linear.determined
+    return F, valid, valid & minimum.converged, minimum.conditioning
+
+
+def _frame(frame: Normalised, scale: Tensor) -> Tensor:
+    """Transform `(B, 3, 3)` to the centroid of a frame, with another scale."""
+    ratio = (scale / frame.scale)[:, None]
+    transform = frame.transform.clone()
+    transform[:, :2] = transform[:, :2] * ratio[:, :, None]
+    return transform
+
+
+def _between(matrix: Tensor, transform0: Tensor, transform1: Tensor) -> Tensor:
+    """Fundamental matrices between transformed frames, at unit norm."""
+    inner = torch.linalg.inv(transform1).mT @ matrix @ torch.linalg.inv(transform0)
+    return with_fixed_sign(inner)

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Essential matrices and relative poses from matches and intrinsics."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eloftr_ops.geometry._charts import PoseChart
+from eloftr_ops.geometry._checks import (
+    check_choice,
+    check_intrinsics,
+    check_matches,
+    check_matrices,
+    check_scale,
+)
+from eloftr_ops.geometry._eight_point import (
+    LEAST_MATCHES,
+    eight_point,
+    nearest_essential,
+    to_pixels,
+    with_fixed_sign,
+)
+from eloftr_ops.geometry._linalg import adjugate, homogeneous, result_dtype, safe_normalise, skew, work_dtype
+from eloftr_ops.geometry._ragged import PaddedMatches, pad_matches
+from eloftr_ops.geometry._refine import Objective, minimise
+from eloftr_ops.geometry._residuals import SampsonResidual
+from eloftr_ops.geometry._robust import KERNELS, robust_weight
+from eloftr_ops.geometry.fundamental import robust_eight_point
+from eloftr_ops.geometry.homography import resolve_steps
+
+__all__ = ["EssentialEstimate", "PoseEstimate", "essential_from_matches", "relative_pose_from_matches"]
+
+LEAST_MATCHES_REFINED = 5
+
+
+class EssentialEstimate(NamedTuple):
+    """Essential matrices of B pairs, with what is known about them."""
+
+    E_0to1: Tensor  # (B, 3, 3), unit norm, largest entry positive; zero where not valid
+    valid: Tensor  # (B,) bool: the matches determine an essential matrix
+    converged: Tensor  # (B,) bool: the refinement reached its minimum; equals `valid` without refinement
+    conditioning: Tensor  # (B,) in [0, 1]: how far from ill-posed; no gradient
+    inlier_weights: Tensor  # (M,) in [0, 1], the robust kernel's weight of each match; differentiable
+
+
+class PoseEstimate(NamedTuple):
+    """Relative poses of B pairs, with what is known about them."""
+
+    T_0to1: Tensor  # (B, 4, 4), X1 = R X0 + t, |t| = 1; the identity where not valid
+    valid: Tensor  # (B,) bool: the matches determine rotation and translation direction
+    converged: Tensor  # (B,) bool: the refinement reached its minimum; equals `valid` without refinement
+    conditioning: Tensor  # (B,) in [0, 1]: how far from ill-posed; no gradient
+    inlier_weights: Tensor  # (M,) in [0, 1], the robust kernel's weight of each match; differentiable
+
+    @property
+    def rotation_0to1(self) -> Tensor:
+        """Rotation `(B, 3, 3)`."""
+        return self.T_0to1[:, :3, :3]
+
+    @property
+    def translation_0to1(self) -> Tensor:
+        """Unit translation `(B, 3)`, in camera 1's axes; zero where not valid."""
+        return self.T_0to1[:, :3, 3]
+
+
+class _Motion(NamedTuple):
+    R: Tensor  # (B, 3, 3)
+    t: Tensor  # (B, 3), unit
+    valid: Tensor  # (B,) bool
+    converged: Tensor  # (B,) bool
+    conditioning: Tensor  # (B,)
+    inlier_weights: Tensor  # (M,)
+
+
+def relative_pose_from_matches(
+    keypoints0: Tensor,
+    keypoints1: Tensor,
+    batch_indexes: Tensor,
+    K0: Tensor,
+    K1: Tensor,
+    weights: Tensor | None = None,
+    *,
+    robust: str | None = None,
+    robust_scale: float = 1.0,
+    refine_steps: int = 20,
+    initial_0to1: Tensor | None = None,
+) -> PoseEstimate:
+    """Estimate rotation and translation direction of each pair of a ragged batch of matches.
+
+    Eight-point essential matrix in camera coordinates, projected to singular values (1, 1, 0); of its four
+    motions the one with most weight in front of both cameras (Hartley and Zisserman, section 9.6); then
+    Levenberg-Marquardt on the Sampson error over rotation and translation direction (five parameters).
+
+    Convention:
+        - Direction: `X1 = R_0to1 X0 + t_0to1`, the order of COLMAP, OpenCV's `recoverPose` and kornia.
+        - Frame: the keypoints' and the intrinsics' must be the same. With the centre of pixel (x, y) at
+          (x + 0.5, y + 0.5), cx and cy are 0.5 larger than in OpenCV's frame; or move the keypoints with
+          `to_integer_centers`. Axis order (x, y).
+        - Units: keypoints, intrinsics and `robust_scale` in pixels; the translation has norm 1.
+        - Weights: only their ratios within a pair matter.
+        - dtype: computed in float64; the result has the keypoints' dtype, at least float32.
+        - Degenerate input: too few matches of positive weight (eight, or five with `initial_0to1`), repeated
+          or collinear points, a pure rotation, all weights zero, give `valid=False`, the identity and zero
+          gradient, and leave the other pairs alone. Points on one plane do so too unless `initial_0to1` is
+          given: the plane defeats the eight-point start, not the refinement.
+        - Gradient: the choice among four motions is discrete and carries none. With refinement it is exact at
+          the minimum by the implicit function theorem, and zero where the minimum was not reached; without
+          (`refine_steps=0`) it is that of the eight-point solution and its projection. It flows to keypoints,
+          weights and intrinsics, and is finite at an exact fit.
+
+    Args:
+        keypoints0: `(M, 2)` in image 0, pixels.
+        keypoints1: `(M, 2)` in image 1, pixels.
+        batch_indexes: `(M,)` integers in [0, B), in any order.
+        K0: `(B, 3, 3)` intrinsics of camera 0; B is the number of pairs.
+        K1: `(B, 3, 3)` intrinsics of camera 1.
+        weights: `(M,)`, finite, >= 0; None for ones.
+        robust: None, "cauchy" or "geman_mcclure".
+        robust_scale: Sampson error in pixels (at the mean focal length) at which a match starts to count as
+            an outlier.
+        refine_steps: the most iterations; 0 for the linear solution, which a robust kernel rules out.
+        initial_0to1: `(B, 4, 4)`, start of the refinement instead of the eight-point solution, for instance
+            from `estimate_robust`; its translation must not be zero. No gradient flows to it.
+
+    Returns:
+        A `PoseEstimate`.
+
+    Raises:
+        ValueError: shapes that do not fit, NaN or infinite coordinates, negative or NaN weights, an unknown
+            kernel, intrinsics that are not invertible (naming the batch element).
+        IndexError: a batch index out of range.
+        TypeError: integer keypoints or weights, floating point batch indexes.
+    """
+    motion = _estimate_motion(
+        keypoints0,
+        keypoints1,
+        batch_indexes,
+        (K0, K1),
+        weights,
+        (robust, robust_scale),
+        refine_steps,
+        initial_0to1,
+    )
+    upper = torch.cat([motion.R, motion.t[:, :, None]], dim=2)
+    lower = upper.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(upper.shape[0], 1, 4)
+    eye = torch.eye(4, dtype=upper.dtype, device=upper.device)
+    T = torch.where(motion.valid[:, None, None], torch.cat([upper, lower], dim=1), eye)
+    return PoseEstimate(T.to(result_dtype(keypoints0.dtype)), *_statistics(motion, keypoints0.dtype))
+
+
+def essential_from_matches(
+    keypoints0: Tensor,
+    keypoints1: Tensor,
+    batch_indexes: Tensor,
+    K0: Tensor,
+    K1: Tensor,
+    weights: Tensor | None = None,
+    *,
+    robust: str | None = None,
+    robust_scale: float = 1.0,
+    refine_steps: int = 20,
+) -> EssentialEstimate:
+    """Estimate the essential matrix of each pair of a ragged batch of matches.
+
+    `[t]_x R` of `relative_pose_from_matches`, with the same arguments, errors, validity and gradient.
+
+    Convention:
+        - Direction: `(K1^-1 x1)^T E_0to1 (K0^-1 x0) = 0` for homogeneous keypoints x0, x1; E_1to0 is the
+          transpose, up to sign.
+        - Scale and sign: unit Frobenius norm, the entry of largest magnitude positive (it jumps where two
+          tie).
+        - Degenerate input: as for the pose, and the zero matrix.
+
+    Args:
+        keypoints0: `(M, 2)` in image 0, pixels.
+        keypoints1: `(M, 2)` in image 1, pixels.
+        batch_indexes: `(M,)` integers in [0, B), in any order.
+        K0: `(B, 3, 3)` intrinsics of camera 0.
+        K1: `(B, 3, 3)` intrinsics of camera 1.
+        weights: `(M,)`, finite, >= 0; None for ones.
+        robust: None, "cauchy" or "geman_mcclure".
+        robust_scale: Sampson error in pixels at which a match starts to count as an outlier.
+        refine_steps: the most iterations; 0 for the linear solution.
+
+    Returns:
+        An `EssentialEstimate`.
+
+    Raises:
+        ValueError: as `relative_pose_from_matches`.
+        IndexError: a batch index out of range.
+        TypeError: integer keypoints or weights, floating point batch indexes.
+    """
+    motion = _estimate_motion(
+        keypoints0, keypoints1, batch_indexes, (K0, K1), weights, (robust, robust_scale), refine_steps, None
+    )
+    E = torch.where(motion.valid[:, None, None], with_fixed_sign(skew(motion.t) @ motion.R), 0.0)
+    return EssentialEstimate(E.to(result_dtype(keypoints0.dtype)), *_statistics(motion, keypoints0.dtype))
+
+
+def _statistics(motion: _Motion, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out = result_dtype(dtype)
+    return motion.valid, motion.converged, motion.conditioning.to(out), motion.inlier_weights.to(out)
+
+
+def _estimate_motion(
+    keypoints0: Tensor,
+    keypoints1: Tensor,
+    batch_indexes: Tensor,
+    intrinsics: tuple[Tensor, Tensor],
+    weights: Tensor | None,
+    kernel: tuple[str | None, float],
+    refine_steps: int,
+    initial: Tensor | None,
+) -> _Motion:
+    K0, K1 = intrinsics
+    robust, robust_scale = kernel
+    batch_size = K0.shape[0] if K0.ndim else 0
+    check_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
+    check_intrinsics("K0", K0, batch_size)
+    check_intrinsics("K1", K1, batch_size)
+    check_choice("robust", robust, KERNELS)
+    check_scale("robust_scale", robust_scale)
+    steps = resolve_steps(refine_steps, robust, initial is not None)
+    work = work_dtype(keypoints0.device)
+    pixels = pad_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
+    matches = pixels._replace(
+        points0=to_camera(pixels.points0, K0.to(work)), points1=to_camera(pixels.points1, K1.to(work))
+    )
+    focals = [K.to(work)[:, [0, 1], [0, 1]].abs().mean(1) for K in (K0, K1)]
+    scale = robust_scale / (0.5 * (focals[0] + focals[1])).clamp_min(torch.finfo(work).tiny)
+    if steps == 0:
+        R, t, valid, conditioning = _linear_motion(matches)
+        converged = valid
+    else:
+        if initial is not None:
+            check_initial_pose(initial, batch_size)
+        R, t, valid, converged, conditioning = _refined_motion(matches, robust, scale, steps, initial)
+    squared = SampsonResidual.value(skew(t) @ R, matches.points0, matches.points1).square().sum(-1)
+    inlier_weights = matches.gather(robust_weight(squared, scale, robust))
+    return _Motion(R, t, valid, converged, conditioning, inlier_weights)
+
+
+def check_initial_pose(initial: Tensor, batch_size: int) -> None:
+    """Raise unless `initial` is `(B, 4, 4)`, finite, with a translation."""
+    check_matrices("initial_0to1", initial, batch_size, rows=4)
+    still = initial[:, :3, 3].abs().amax(1) == 0
+    if bool(still.any()):
+        row = int(still.nonzero()[0, 0])
+        raise ValueError(
+            f"initial_0to1: expected a translation, got zero in batch element {row}; "
+            "any direction will do as a start"
+        )
+
+
+def to_camera(points: Tensor, K: Tensor) -> Tensor:
+    """Keypoints `(B, N, 2)` in pixels to camera coordinates at depth 1."""
+    x = homogeneous(points) @ torch.linalg.inv(K).mT
+    camera: Tensor = x[..., :2] / x[..., 2:]
+    return camera
+
+
+def _linear_motion(matches: PaddedMatches) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    solution = eight_point(matches, matches.weights)
+    camera = to_pixels(solution.matrix, solution.frame0, solution.frame1)
+    E, t, unique = nearest_essential(with_fixed_sign(camera))
+    R, t, in_front = choose_motion(E, t, matches)
+    return R, t, solution.determined & unique & in_front, solution.gap
+
+
+def choose_motion(E: Tensor, t: Tensor, matches: PaddedMatches) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the four motions of E, the one with most weight in front of both cameras.
+
+    `cof(E) -+ [t]_x E` are the two rotations of an E with singular values (1, 1, 0) and null vector t (Horn
+    1990), a polynomial: no decomposition is differentiated.
+    """
+    # The transpose of the adjugate is the matrix of cofactors.
+    cofactors, turned = adjugate(E).mT, skew(t) @ E
+    rotations = torch.stack([cofactors - turned, cofactors + turned], dim=1)
+    motions_R = rotations.repeat_interleave(2, dim=1)
+    motions_t = torch.stack([t, -t, t, -t], dim=1)
+    votes = torch.stack(
+        [_weight_in_front(motions_R[:, k].detach(), motions_t[:, k].detach(), matches) for k in range(4)],
+        dim=1,
+    )
+    best = votes.argmax(1)
+    rows = torch.arange(E.shape[0], device=E.device)
+    return motions_R[rows, best], motions_t[rows, best], votes[rows, best] > 0
+
+
+def _weight_in_front(R: Tensor, t: Tensor, matches: PaddedMatches) -> Tensor:
+    """Weight `(B,)` of matches whose rays meet at positive depth in both cameras."""
+    x0, x1 = homogeneous(matches.points0.detach()) @ R.mT, homogeneous(matches.points1.detach())
+    side = t[:, None].expand_as(x1)
+    # z1 x1 = z0 R x0 + t, crossed with x1 and with R x0; only the signs of the depths matter.
+    normal = torch.linalg.cross(x1, x0)
+    depth0 = -(normal * torch.linalg.cross(x1, side)).sum(-1)
+    depth1 = -(normal * torch.linalg.cross(x0, side)).sum(-1)
+    front = (depth0 > 0) & (depth1 > 0)
+    vote: Tensor = (matches.weights.detach() * front).sum(1)
+    return vote
+
+
+def _refined_motion(
+    matches: PaddedMatches, robust: str | None, scale: Tensor, steps: int, initial: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.no_grad():
+        linear = eight_point(matches, matches.weights)
+        ready = linear.frame0.spread & linear.frame1.spread
+        if initial is not None:
+            R, t = initial[:, :3, :3].to(scale.dtype), safe_normalise(initial[:, :3, 3].to(scale.dtype))
+            least = LEAST_MATCHES_REFINED
+        else:
+            camera = to_pixels(linear.matrix, linear.frame0, linear.frame1)
+            if robust is not None:
+                camera = robust_eight_point(matches, scale.detach())
+            E, t, unique = nearest_essential(with_fixed_sign(camera))
+            trusted = matches
+            if robust is not None:
+                squared = SampsonResidual.value(E, matches.points0, matches.points1).square().sum(-1)
+                trusted = matches._replace(weights=matches.weights * robust_weight(squared, scale, robust))
+            R, t, in_front = choose_motion(E, t, trusted)
+            ready = ready & unique & in_front & (linear.determined if robust is None else in_front)
+            least = LEAST_MATCHES
+    objective = Objective(SampsonResidual(), matches.points0, matches.points1, matches.weights, scale, robust)
+    minimum = minimise(PoseChart.centred(R, t), objective, steps, linear.least_gap)
+    R, t = minimum.chart.motion(minimum.delta)
+    enough = (matches.weights > 0).sum(1) >= least
+    valid = ready & enough & minimum.determined
+    return R, t, valid, valid & minimum.converged, minimum.conditioning

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses: per pair, weighted, explicitly reduced, finite at perfection and at infinity."""
+
+from eloftr_ops.losses.epipolar import sampson_loss, symmetric_epipolar_loss, weak_pose_loss
+from eloftr_ops.losses.homography import (
+    corner_error_loss,
+    cycle_consistency_loss,
+    symmetric_transfer_loss,
+    weak_homography_loss,
+)
+from eloftr_ops.losses.photometric import photometric_loss
+from eloftr_ops.losses.pose import pose_loss, rotation_angle, translation_direction_angle
+
+__all__ = [
+    "corner_error_loss",
+    "cycle_consistency_loss",
+    "photometric_loss",
+    "pose_loss",
+    "rotation_angle",
+    "sampson_loss",
+    "symmetric_epipolar_loss",
+    "symmetric_transfer_loss",
+    "translation_direction_angle",
+    "weak_homography_loss",
+    "weak_pose_loss",
+]

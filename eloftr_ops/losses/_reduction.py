@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the losses share: smooth distances, weighted means over matches, and explicit reduction over pairs."""
+
+import torch
+from torch import Tensor
+
+from eloftr_ops.geometry._checks import check_choice, check_scale
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def smooth_distance(squared: Tensor, smoothing: float) -> Tensor:
+    """`sqrt(d^2 + s^2) - s` without cancellation: zero, with zero gradient, at distance zero.
+
+    Args:
+        squared: squared distances, any shape.
+        smoothing: s > 0; the loss is quadratic below it and `d - s` well above.
+
+    Returns:
+        Distances, same shape.
+    """
+    return squared / ((squared + smoothing**2).sqrt() + smoothing)
+
+
+def saturated(values: Tensor, saturation: float | None) -> Tensor:
+    """`c v / (c + v)`: v for small values, never more than c; None leaves the values alone."""
+    if saturation is None:
+        return values
+    return values * (saturation / (saturation + values))
+
+
+def check_options(smoothing: float, saturation: float | None, reduction: str) -> None:
+    """Raise unless the options that every loss takes are in range."""
+    check_scale("smoothing", smoothing)
+    if saturation is not None:
+        check_scale("saturation", saturation)
+    check_choice("reduction", reduction, REDUCTIONS)
+
+
+def mean_over_matches(
+    values: Tensor, batch_indexes: Tensor, weights: Tensor | None, batch_size: int
+) -> Tensor:
+    """Weighted mean `(B,)` of the values `(M,)` of each pair; zero for a pair without weight."""
+    weights = torch.ones_like(values) if weights is None else weights.to(values.dtype)
+    index = batch_indexes.long()
+    empty = values.new_zeros(batch_size)
+    total = empty.index_add(0, index, weights)
+    summed = empty.index_add(0, index, weights * values)
+    present = total > 0
+    return torch.where(present, summed / torch.where(present, total, 1.0), 0.0)
+
+
+def reduce_pairs(values: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
+    """Reduce per-pair values over the valid pairs.
+
+    Args:
+        values: `(B,)`, finite.
+        valid: `(B,)` bool or None for all; the others count for nothing and get zero gradient.
+        reduction: "none" (zero where not valid), "mean" over the valid pairs (zero without any), or "sum".
+
+    Returns:
+        `(B,)` or a scalar.
+
+    Raises:
+        ValueError: `valid` is not `(B,)`.
+        TypeError: `valid` is not bool.
+    """
+    if valid is not None:
+        if valid.dtype != torch.bool:
+            raise TypeError(f"valid: expected dtype torch.bool, got {valid.dtype}")
+        if valid.shape != values.shape:
+            raise ValueError(f"valid: expected shape (B,) = {tuple(values.shape)}, got {tuple(valid.shape)}")
+        values = torch.where(valid, values, 0.0)
+    if reduction == "none":
+        return values
+    if reduction == "sum":
+        return values.sum()
+    count = values.shape[0] if valid is None else valid.sum().clamp_min(1)
+    return values.sum() / count

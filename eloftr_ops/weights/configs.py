@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations as they are stored beside weights: our own, and transformers' ``EfficientLoFTRConfig``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from eloftr_ops._version import __version__
+from eloftr_ops.backbone import STAGE_STRIDES
+from eloftr_ops.config import EfficientLoFTRConfig
+from eloftr_ops.transformer import AGGREGATION
+from eloftr_ops.weights.files import parse_json
+from eloftr_ops.weights.names import Layout
+
+FORMAT = "eloftr_ops"
+VERSION = 1
+SAFETENSORS, CHECKPOINT = "model.safetensors", "model.ckpt"
+MODEL_TYPE = "efficientloftr"
+_ROTARY_BASE = 10000.0
+
+# transformers' field: ours
+_MAPPED = {
+    "out_features": "stage_channels",
+    "stage_num_blocks": "stage_blocks",
+    "num_attention_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "coarse_matching_temperature": "temperature",
+    "coarse_matching_threshold": "threshold",
+    "coarse_matching_border_removal": "border_removal",
+    "fine_matching_slice_dim": "subpixel_channels",
+    "fine_matching_regress_temperature": "subpixel_temperature",
+}
+# What the method fixes, and transformers leaves open.
+_FIXED: dict[str, Any] = {
+    "stage_stride": list(STAGE_STRIDES),
+    "activation_function": "relu",
+    "q_aggregation_kernel_size": AGGREGATION,
+    "kv_aggregation_kernel_size": AGGREGATION,
+    "q_aggregation_stride": AGGREGATION,
+    "kv_aggregation_stride": AGGREGATION,
+    "attention_dropout": 0.0,
+    "attention_bias": False,
+    "mlp_activation_function": "leaky_relu",
+    "fine_kernel_size": 8,
+    "batch_norm_eps": 1e-5,
+}
+# Ours that transformers has no field for; kept under FORMAT in its config.json, which transformers carries along.
+_OURS_ALONE = (
+    "position_scale",
+    "round_rotary",
+    "centred_subpixel",
+    "gradient_mode",
+    "soft_temperature",
+    "soft_neighbourhood",
+)
+
+
+class FolderConfig(NamedTuple):
+    """What a ``config.json`` says."""
+
+    config: EfficientLoFTRConfig
+    layout: Layout
+    weights: str  # file name in the same folder
+
+
+def read_folder_config(fields: Mapping[str, Any], source: str) -> FolderConfig:
+    """Understand the fields of a ``config.json``, ours or transformers'.
+
+    Raises:
+        ValueError: neither format, unknown fields or versions, values outside their domain or the method's.
+        TypeError: values of another type.
+    """
+    if fields.get("format") == FORMAT:
+        return _read_own(fields, source)
+    if fields.get("model_type") == MODEL_TYPE:
+        return FolderConfig(from_transformers(fields, source), "transformers", SAFETENSORS)
+    raise ValueError(
+        f'{source}: expected "format": "{FORMAT}" or "model_type": "{MODEL_TYPE}", '
+        f"got format {fields.get('format')!r}, model_type {fields.get('model_type')!r}: not EfficientLoFTR weights."
+    )
+
+
+def folder_config(config: EfficientLoFTRConfig, layout: Layout, dtype: torch.dtype) -> bytes:
+    """The ``config.json`` that :func:`read_folder_config` reads."""
+    fields: dict[str, Any]
+    if layout == "transformers":
+        fields = to_transformers(config, dtype)
+    else:
+        weights = CHECKPOINT if layout == "authors" else SAFETENSORS
+        fields = {**_header(), "version": VERSION, "weights": weights, "config": config.to_dict()}
+    return _dump(fields, indent=2).encode()
+
+
+def read_metadata(metadata: Mapping[str, str], source: str) -> EfficientLoFTRConfig | None:
+    """The configuration in a safetensors file's metadata; ``None`` for a file of another origin."""
+    if metadata.get("format") != FORMAT:
+        return None
+    _check_version(metadata.get("version"), source)
+    return _build(parse_json(metadata.get("config", ""), f"{source}: config"), source)
+
+
+def metadata_for(config: EfficientLoFTRConfig) -> dict[str, str]:
+    """The metadata that :func:`read_metadata` reads."""
+    return {**_header(), "version": str(VERSION), "config": _dump(config.to_dict())}
+
+
+def from_transformers(fields: Mapping[str, Any], source: str) -> EfficientLoFTRConfig:
+    """Our configuration for transformers' fields; absent ones have transformers' defaults, the ``full`` model's.
+
+    Fields that describe no computation (labels, versions, ...) and those that are unknown are passed over, as
+    transformers does. Raises as :func:`read_folder_config`.
+    """
+    for name, fixed in _FIXED.items():
+        if fields.get(name, fixed) not in (fixed, None):
+            raise ValueError(
+                f"{source}: {name}: expected {fixed!r}, which the method fixes, got {fields[name]!r}."
+            )
+    values = {ours: fields[name] for name, ours in _MAPPED.items() if fields.get(name) is not None}
+    skip_softmax = fields.get("coarse_matching_skip_softmax", False)
+    if not isinstance(skip_softmax, bool):
+        raise TypeError(f"{source}: coarse_matching_skip_softmax: expected a bool, got {skip_softmax!r}.")
+    values["score"] = "similarity" if skip_softmax else "dual_softmax"
+    extra = fields.get(FORMAT, {})
+    if not isinstance(extra, dict) or not set(extra) <= set(_OURS_ALONE):
+        raise ValueError(f"{source}: {FORMAT}: expected some of {', '.join(_OURS_ALONE)}, got {extra!r}.")
+    config = _build({**values, **extra}, source)
+    _check_derived(fields, config, source)
+    _check_rotary(fields, config.num_heads, source)
+    return config
+
+
+def to_transformers(config: EfficientLoFTRConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The fields of transformers' ``config.json`` for a model whose ``position_scale`` is 1."""
+    values = config.to_dict()
+    return {
+        "architectures": ["EfficientLoFTRForKeypointMatching"],
+        "model_type": MODEL_TYPE,
+        "dtype": str(dtype).removeprefix("torch."),
+        **{name: values[ours] for name, ours in _MAPPED.items()},
+        **_FIXED,
+        "hidden_size": config.coarse_channels,
+        "coarse_matching_skip_softmax": config.score == "similarity",
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": _ROTARY_BASE,
+            "partial_rotary_factor": config.num_heads / 2,
+        },
+        FORMAT: {name: values[name] for name in _OURS_ALONE},
+    }
+
+
+def _read_own(fields: Mapping[str, Any], source: str) -> FolderConfig:
+    known = {"format", "version", "written_by", "weights", "config"}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ValueError(
+            f"{source}: unknown field(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}."
+        )
+    _check_version(fields.get("version"), source)
+    values = fields.get("config")
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: config: expected an object of configuration fields, got {values!r}.")
+    weights = fields.get("weights", SAFETENSORS)
+    if weights not in (SAFETENSORS, CHECKPOINT):
+        raise ValueError(f"{source}: weights: expected {SAFETENSORS} or {CHECKPOINT}, got {weights!r}.")
+    layout: Layout = "authors" if weights == CHECKPOINT else "eloftr_ops"
+    return FolderConfig(_build(values, source), layout, str(weights))
+
+
+def _header() -> dict[str, str]:
+    return {"format": FORMAT, "written_by": f"eloftr_ops {__version__}"}
+
+
+def _check_version(version: object, source: str) -> None:
+    if version not in (VERSION, str(VERSION)):
+        raise ValueError(
+            f"{source}: version: expected {VERSION}, got {version!r}; a newer eloftr_ops may read this file."
+        )
+
+
+def _build(values: Mapping[str, Any], source: str) -> EfficientLoFTRConfig:
+    try:
+        return EfficientLoFTRConfig.from_dict(values)
+    except TypeError as error:
+        raise TypeError(f"{source}: {error}") from error
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _check_derived(fields: Mapping[str, Any], config: EfficientLoFTRConfig, source: str) -> None:
+    channels, heads = config.coarse_channels, config.num_heads
+    derived = {"hidden_size": channels, "num_key_value_heads": heads, "head_dim": channels // heads}
+    for name, expected in derived.items():
+        default = 256 if name == "hidden_size" else expected
+        if fields.get(name, default) not in (expected, None):
+            raise ValueError(f"{source}: {name}: expected {expected}, got {fields.get(name, default)!r}.")
+
+
+def _check_rotary(fields: Mapping[str, Any], num_heads: int, source: str) -> None:
+    """Frequencies that span the whole width: transformers derives them from the width of a head, times a factor."""
+    rotary = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(rotary, dict):
+        raise TypeError(f"{source}: rope_parameters: expected an object, got {rotary!r}.")
+    for name, default, expected in (
+        ("rope_type", "default", "default"),
+        ("rope_theta", _ROTARY_BASE, _ROTARY_BASE),
+        ("partial_rotary_factor", 4.0, num_heads / 2),
+    ):
+        value = rotary.get(name, fields.get(name, default))
+        if value != expected:
+            raise ValueError(
+                f"{source}: {name}: expected {expected!r} with {num_heads} heads, got {value!r}."
+            )
+
+
+def _dump(fields: Mapping[str, Any], indent: int | None = None) -> str:
+    try:
+        return json.dumps(fields, indent=indent, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"config: expected finite values, which JSON can hold: {error}") from error

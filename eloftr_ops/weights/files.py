@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of tensors and of JSON: read without executing anything, written so that no half file is ever seen."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+CHECKPOINT_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin")
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COUNTER = "num_batches_tracked"  # of BatchNorm: the only entries that are not floating point
+JSON_LIMIT = 1_000_000  # bytes; a configuration takes about a thousand
+
+
+class WeightsNotFoundError(FileNotFoundError, ValueError):
+    """Weights that are not there, or cannot be fetched; the message says what to do."""
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by the file's own names, and the file's metadata (empty for a checkpoint).
+
+    Raises:
+        WeightsNotFoundError: no such file.
+        ValueError: a damaged file, one that holds more than tensors, or a name that ends in none of the known ways.
+    """
+    if not path.is_file():
+        raise WeightsNotFoundError(f"{path}: expected a file of weights, found none; check the path.")
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+    elif path.suffix in CHECKPOINT_SUFFIXES:
+        tensors, metadata = _read_checkpoint(path), {}
+    else:
+        known = ", ".join((".safetensors", *CHECKPOINT_SUFFIXES))
+        raise ValueError(f"{path}: expected a file name that ends in one of {known}, got {path.suffix!r}.")
+    for name, tensor in tensors.items():
+        _check_plain(f"{path}: {name}", tensor, counter=name.endswith(COUNTER))
+    return tensors, metadata
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        WeightsNotFoundError: no such file.
+        ValueError: not an object of finite numbers, strings and lists, or larger than any configuration.
+    """
+    if not path.is_file():
+        raise WeightsNotFoundError(f"{path}: expected a configuration file, found none; check the path.")
+    if path.stat().st_size > JSON_LIMIT:
+        raise ValueError(
+            f"{path}: expected a configuration of at most {JSON_LIMIT} bytes, got {path.stat().st_size}."
+        )
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
+    """The JSON object in ``text``; errors as :func:`read_json`, naming ``source``."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: expected a JSON object of finite values: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: expected a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write ``files`` into ``folder``: a new folder appears at once and whole.
+
+    In a folder that exists, each file takes its predecessor's place in one step, in the order of ``files``.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder: expected a folder or a path where none is yet, got the file {folder}.")
+    folder = folder.absolute()
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        if folder.exists():
+            for name in files:
+                (temporary / name).replace(folder / name)
+        else:
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole: what was at ``path`` stays until the new content is on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: expected a safetensors file, got a damaged or other one ({error}); fetch it again."
+        ) from error
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The state dict of a checkpoint, without a ``matcher.`` prefix."""
+    with path.open("rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(_refusal(path, error)) from error
+        except Exception as error:  # a damaged pickle or archive raises nearly anything
+            reason = (str(error).splitlines() or ["no content"])[0]
+            raise ValueError(
+                f"{path}: expected a PyTorch checkpoint, got a damaged or truncated file "
+                f"({type(error).__name__}: {reason}); fetch it again."
+            ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not state:
+        raise ValueError(
+            f'{path}: expected {{"state_dict": {{name: tensor}}}} or {{name: tensor}}, got {type(state).__name__}.'
+        )
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{path}: expected tensors by name, got {type(tensor).__name__} under {name!r}; "
+                "save the model's state_dict alone."
+            )
+        tensors[name] = tensor
+    return tensors
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    """Why a pickle was refused. torch's own text is left out: it suggests to load the file all the same."""
+    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+    reason = (
+        f"it asks for {wanted[1]}, which is not a tensor"
+        if wanted
+        else "it is damaged or no checkpoint at all"
+    )
+    return (
+        f"{path}: refused: expected a checkpoint of tensors only, but {reason}. Loading it could run code, so nothing "
+        "in it was run. Fetch it again from its authors; or, in a place where running it is harmless, save its "
+        "state_dict with safetensors.torch.save_file(state_dict, 'weights.safetensors') and load that file here."
+    )
+
+
+def _check_plain(name: str, tensor: Tensor, *, counter: bool) -> None:
+    """Refuse what is not a dense tensor with every element in the file: views can claim sizes that exhaust memory."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise ValueError(f"{name}: expected a dense tensor, got {tensor.layout} on {tensor.device}.")
+    if counter and tensor.dtype != torch.int64:
+        raise ValueError(f"{name}: expected torch.int64, got {tensor.dtype}.")
+    if not counter and tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, FLOAT_DTYPES))}, got {tensor.dtype}.")
+    shape = tuple(tensor.shape)
+    if tensor.numel() == 0:
+        raise ValueError(f"{name}: expected elements, got the empty shape {shape}.")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{name}: expected every element of {shape} in the file, got a view of fewer.")
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"expected a finite number, got {text}")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if abs(value) != float("inf") else _refuse_constant(text)

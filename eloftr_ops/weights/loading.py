@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``load_pretrained``: a model from the embedded weights, a file, a folder or the Hub."""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from eloftr_ops.config import EfficientLoFTRConfig, GradientMode, ScoreKind
+from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.weights.configs import read_folder_config, read_metadata
+from eloftr_ops.weights.files import (
+    CHECKPOINT_SUFFIXES,
+    FLOAT_DTYPES,
+    WeightsNotFoundError,
+    read_json,
+    read_tensors,
+)
+from eloftr_ops.weights.hub import Repository, is_repository
+from eloftr_ops.weights.layouts import Stored, build_model, guess_layout, infer_config, our_names
+
+_SUFFIX = ".safetensors"
+
+
+def load_pretrained(
+    name_or_path: str | os.PathLike[str] = "small",
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: EfficientLoFTRConfig | None = None,
+    threshold: float | None = None,
+    score: ScoreKind | None = None,
+    border_removal: int | None = None,
+    position_scale: tuple[float, float] | None = None,
+    gradient_mode: GradientMode | None = None,
+) -> EfficientLoFTR:
+    """A model with trained weights, in evaluation mode.
+
+    Nothing in a file is executed: weights are safetensors, or checkpoints read by ``torch.load(weights_only=True)``.
+
+    Args:
+        name_or_path: one of, tried in this order:
+
+            - the name of embedded weights (:func:`embedded_names`); write ``./small`` for a folder of that name;
+            - a file: ``.safetensors``, or the authors' ``.ckpt`` (``.pth``, ``.pt``, ``.bin``), re-parameterised or
+              not, with or without the ``matcher.`` prefix. Without a stored configuration the shapes tell the
+              architecture, with 8 heads and the matching parameters of ``full``; else pass ``config``;
+            - a folder with ``config.json`` and weights, as :func:`save_pretrained` and transformers write;
+            - a Hub repository, ``organisation/name``, such as ``zju-community/efficientloftr``.
+        revision: branch, tag or commit of the Hub repository; a commit pins the weights.
+        cache_dir: of the Hub; its default is ``HF_HOME``'s.
+        local_files_only: take Hub files from the cache alone; the ``HF_HUB_OFFLINE`` variable does the same.
+        device: of the model.
+        dtype: of the model, whatever the file stores: float32, float64, float16 or bfloat16.
+        config: the description to use in place of the stored one.
+        threshold: to use in place of the configuration's, as the next four.
+        score: ``similarity`` is the authors' *optimized* inference; it wants another threshold (theirs: 25).
+        border_removal: in cells.
+        position_scale: factors on rotary (row, column) positions.
+        gradient_mode: default of the matcher's ``mode``.
+
+    Raises:
+        WeightsNotFoundError: (a ``FileNotFoundError`` and a ``ValueError``) no such file, folder, name or repository,
+            or no connection; the message says what to do.
+        ValueError: a damaged file, one that holds code, other names or shapes than the configuration's, values that
+            are not finite, a configuration of another method.
+        TypeError: values of another type, in the arguments or in a configuration.
+    """
+    _check_types(name_or_path, dtype, config)
+    changes = {
+        "threshold": threshold,
+        "score": score,
+        "border_removal": border_removal,
+        "position_scale": position_scale,
+        "gradient_mode": gradient_mode,
+    }
+    stored = _find(name_or_path, revision, cache_dir, local_files_only)
+    tensors = our_names(stored)
+    config = config or stored.config or infer_config(tensors, stored.source)
+    config = config.replace(**{name: value for name, value in changes.items() if value is not None})
+    return build_model(tensors, config, stored.layout, stored.source, torch.device(device), dtype)
+
+
+def embedded_names() -> list[str]:
+    """Names of the weights that come with the package."""
+    files = resources.files("eloftr_ops.weights").iterdir()
+    return sorted(file.name.removesuffix(_SUFFIX) for file in files if file.name.endswith(_SUFFIX))
+
+
+def _check_types(name_or_path: object, dtype: object, config: object) -> None:
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"name_or_path: expected a name or a path, got {type(name_or_path).__name__}.")
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype: expected one of {', '.join(map(str, FLOAT_DTYPES))}, got {dtype!r}.")
+    if config is not None and not isinstance(config, EfficientLoFTRConfig):
+        raise TypeError(f"config: expected an EfficientLoFTRConfig, got {type(config).__name__}.")
+
+
+def _find(
+    name_or_path: str | os.PathLike[str],
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+) -> Stored:
+    name, path = os.fspath(name_or_path), Path(name_or_path).expanduser()
+    named = isinstance(name_or_path, str)
+    embedded = named and name in embedded_names()
+    on_hub = named and not embedded and not path.exists() and is_repository(name) and not _names_a_file(path)
+    if revision is not None and not on_hub:
+        raise ValueError(
+            f"revision: expected None, since {name!r} is no Hub repository (organisation/name), got {revision!r}."
+        )
+    if on_hub:
+        return _from_hub(Repository(name, revision, cache_dir, local_files_only))
+    if embedded:
+        with resources.as_file(resources.files("eloftr_ops.weights") / (name + _SUFFIX)) as file:
+            return _from_file(file)
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_file(path)
+    names = ", ".join(embedded_names()) or "none in this installation"
+    raise WeightsNotFoundError(
+        f"name_or_path: expected the name of embedded weights ({names}), a file, a folder or a Hub repository "
+        f"(organisation/name), got {name!r}, which is none of these; check the spelling and the path."
+    )
+
+
+def _names_a_file(path: Path) -> bool:
+    return path.suffix in (_SUFFIX, *CHECKPOINT_SUFFIXES)
+
+
+def _from_file(path: Path) -> Stored:
+    tensors, metadata = read_tensors(path)
+    config = read_metadata(metadata, str(path))
+    layout = guess_layout(tensors) if config is None else "eloftr_ops"
+    return Stored(tensors, layout, config, str(path))
+
+
+def _from_folder(folder: Path) -> Stored:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise WeightsNotFoundError(
+            f"{folder}: expected config.json beside the weights in the folder, found none; complete the folder, or "
+            "pass the path of the weights file itself."
+        )
+    described = read_folder_config(read_json(file), str(file))
+    tensors, _ = read_tensors(folder / described.weights)
+    return Stored(tensors, described.layout, described.config, str(folder / described.weights))
+
+
+def _from_hub(repository: Repository) -> Stored:
+    file = repository.fetch("config.json")
+    described = read_folder_config(read_json(file), f"{repository.name}/config.json")
+    tensors, _ = read_tensors(repository.pinned(file).fetch(described.weights))
+    return Stored(tensors, described.layout, described.config, f"{repository.name}/{described.weights}")

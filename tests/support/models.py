@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models and images that tests share."""
+
+import torch
+
+from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig
+
+TINY = EfficientLoFTRConfig(
+    stage_channels=(8, 12, 16, 32),
+    stage_blocks=(1, 1, 1, 2),
+    num_layers=2,
+    num_heads=2,
+    subpixel_channels=4,
+    threshold=0.0,
+    centred_subpixel=True,
+)
+
+
+def tiny_model(seed: int = 0, **changes: object) -> EfficientLoFTR:
+    """All stages at toy widths, random weights and BatchNorm statistics, in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    model = EfficientLoFTR(TINY.replace(**changes))
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("running_mean"):
+                tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
+            elif name.endswith("running_var"):
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+            elif tensor.ndim > 1:
+                fan_in = tensor[0].numel()
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * (2 / fan_in) ** 0.5)
+    return model.eval()
+
+
+def random_images(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """(B, 1, H, W) smooth-ish noise in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand((batch, 1, height // 4 + 1, width // 4 + 1), generator=generator)
+    fine = torch.rand((batch, 1, height, width), generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+    return 0.7 * smooth + 0.3 * fine
