@@ -22,7 +22,7 @@ from eloftr_ops.geometry._robust import robust_cost, robust_weight
 CONVERGED = 1e-4
 # A cost may rise by this share of itself: rounding, not a failed step.
 SLACK = 1e-9
-POLISHING_STEPS = 3
+POLISHING_STEPS = 6
 # Step below which another one changes nothing but rounding.
 SETTLED = 1e-12
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eloftr_ops.config import EfficientLoFTRConfig
@@ -146,7 +147,7 @@ def batch_losses(
     features0, features1 = model.pair_features({"image0": batch.image0, "image1": batch.image1})
     maps = model.match_maps(features0, features1, with_best=False)
     grid0, grid1 = maps.grids
-    valid0, valid1 = batch.valid0[:, 0, ::8, ::8], batch.valid1[:, 0, ::8, ::8]
+    valid0, valid1 = _valid_cells(batch.valid0, grid0), _valid_cells(batch.valid1, grid1)
     true = pairs_from_homography(batch.H_0to1, grid0, grid1, valid0, valid1)
     coarse, confidence = coarse_focal_loss(maps.scores, true, model_config)
     pixel = subpixel = coarse.new_zeros(())
@@ -182,12 +183,18 @@ def _step(
     coarse, pixel, subpixel = result.losses
     loss = coarse + config.fine_weight * (pixel + config.subpixel_weight * subpixel)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     if not bool(torch.isfinite(norm + loss)):
         return None
     optimizer.step()
     return StepResult(MatchingLosses(*(x.detach() for x in result.losses)), result.confidence)
+
+
+def _valid_cells(valid: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, 1, H, W) bool pixels -> (B, h, w) bool cells; those that complete the image are not valid."""
+    cells = valid[:, 0, ::8, ::8]
+    return F.pad(cells, (0, grid[1] - cells.shape[2], 0, grid[0] - cells.shape[1]))
 
 
 def _groups(model: EfficientLoFTR, weight_decay: float) -> list[dict[str, Any]]:
