@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.resources
 import io
 import json
 import os
@@ -28,10 +29,12 @@ from eloftr_ops._version import __version__
 
 __all__ = [
     "MATCH_SUFFIXES",
+    "DemoPair",
     "FileError",
     "LoadedImage",
     "atomic_write",
     "check_output",
+    "demo_pair",
     "read_image",
     "write_matches",
 ]
@@ -129,6 +132,25 @@ def read_image(path: str | os.PathLike[str], *, resize: int | None = None) -> Lo
         raise FileError(f"{path}: too large for this machine's memory. Reduce the image first.") from error
     except Exception as error:  # decoders of broken data raise whatever they stumble over
         raise FileError(f"{path}: broken or unsupported image: {error}.") from error
+
+
+class DemoPair(NamedTuple):
+    """The bundled pair: a photograph and its warp with another exposure."""
+
+    image0: Tensor  # (1, 1, 480, 640) float32 in [0, 1]
+    image1: Tensor  # (1, 1, 480, 640)
+    H_0to1: Tensor  # (3, 3) float64, exact; centre of pixel (x, y) at (x + 0.5, y + 0.5)
+
+
+def demo_pair() -> DemoPair:
+    """Read the bundled pair; no network."""
+    assets = importlib.resources.files("eloftr_ops") / "assets"
+    images = []
+    for name in ("demo_0.jpg", "demo_1.jpg"):
+        with importlib.resources.as_file(assets / name) as path:
+            images.append(read_image(path).image)
+    truth = json.loads((assets / "demo.json").read_text(encoding="utf-8"))["H_0to1"]
+    return DemoPair(images[0], images[1], torch.tensor(truth, dtype=torch.float64))
 
 
 def _check_file(path: Path) -> None:

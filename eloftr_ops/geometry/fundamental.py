@@ -200,8 +200,13 @@ def _refined_estimate(
         common = (linear.frame0.scale * linear.frame1.scale).sqrt()
         shift0, shift1 = _frame(linear.frame0, common), _frame(linear.frame1, common)
         pixels = to_pixels(linear.matrix, linear.frame0, linear.frame1)
+        determined = linear.determined
         if robust is not None:
-            pixels = robust_eight_point(matches, common.new_full(common.shape, robust_scale))
+            scale = common.new_full(common.shape, robust_scale)
+            pixels = robust_eight_point(matches, scale)
+            squared = SampsonResidual.value(pixels, matches.points0, matches.points1).square().sum(-1)
+            trusted = matches.weights * robust_weight(squared, scale, robust)
+            determined = eight_point(matches, trusted).determined
         start, unique = nearest_rank_two(_between(pixels, shift0, shift1))
     objective = Objective(
         SampsonResidual(),
@@ -213,10 +218,7 @@ def _refined_estimate(
     )
     minimum = minimise(FundamentalChart.centred(start), objective, steps, linear.least_gap)
     F = shift1.mT @ minimum.chart.at(minimum.delta) @ shift0
-    enough = (matches.weights > 0).sum(1) >= LEAST_MATCHES
-    valid = enough & linear.frame0.spread & linear.frame1.spread & unique & minimum.determined
-    if robust is None:
-        valid = valid & linear.determined
+    valid = determined & unique & minimum.determined
     return F, valid, valid & minimum.converged, minimum.conditioning
 
 

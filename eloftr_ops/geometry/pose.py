@@ -315,12 +315,14 @@ def _refined_motion(
             if robust is not None:
                 camera = robust_eight_point(matches, scale.detach())
             E, t, unique = nearest_essential(with_fixed_sign(camera))
+            determined = linear.determined
             trusted = matches
             if robust is not None:
                 squared = SampsonResidual.value(E, matches.points0, matches.points1).square().sum(-1)
                 trusted = matches._replace(weights=matches.weights * robust_weight(squared, scale, robust))
+                determined = eight_point(matches, trusted.weights).determined
             R, t, in_front = choose_motion(E, t, trusted)
-            ready = ready & unique & in_front & (linear.determined if robust is None else in_front)
+            ready = ready & unique & in_front & determined
             least = LEAST_MATCHES
     objective = Objective(SampsonResidual(), matches.points0, matches.points1, matches.weights, scale, robust)
     minimum = minimise(PoseChart.centred(R, t), objective, steps, linear.least_gap)

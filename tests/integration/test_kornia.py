@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """kornia's own stitcher and tracker run unmodified with EfficientLoFTR, and find a known homography."""
 
-from importlib import resources
-
 import kornia
 import pytest
 import torch
 from kornia.geometry.transform import warp_perspective
 
 from eloftr_ops import EfficientLoFTR
-from eloftr_ops.io import read_image
+from eloftr_ops.io import demo_pair
 
 SIZE = (320, 416)
 TOLERANCE = 2.0  # pixels, mean over the image; the embedded model's own precision is finer, see docs
@@ -23,9 +21,8 @@ def matcher() -> EfficientLoFTR:
 @pytest.fixture(scope="module")
 def views() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A photograph, its warp with changed exposure, and the homography, in kornia's integer-centre frame."""
-    with resources.as_file(resources.files("eloftr_ops.assets") / "demo_0.jpg") as path:
-        photo = read_image(path, resize=480).image
-    image = photo[..., 20 : 20 + SIZE[0], 32 : 32 + SIZE[1]]
+    photo = kornia.geometry.resize(demo_pair().image0, (360, 480), antialias=True)
+    image = photo[..., 20 : 20 + SIZE[0], 32 : 32 + SIZE[1]].clamp(0, 1)
     H = torch.tensor([[[1.02, -0.10, 3.0], [0.07, 0.97, 9.0], [1.2e-4, -0.8e-4, 1.0]]])
     return image, (0.8 * warp_perspective(image, H, SIZE) + 0.05), H
 
@@ -35,7 +32,7 @@ def _mean_transfer_error(found: torch.Tensor, true: torch.Tensor) -> float:
     grid = kornia.utils.create_meshgrid(*SIZE, normalized_coordinates=False)[0, ::20, ::20].reshape(1, -1, 2)
     a, b = (kornia.geometry.transform_points(H.reshape(1, 3, 3), grid) for H in (found, true))
     inside = ((b >= 0) & (b < torch.tensor([SIZE[1], SIZE[0]]))).all(-1)
-    return float((a - b).norm(dim=-1)[inside].mean())
+    return (a - b).norm(dim=-1)[inside].mean().item()
 
 
 @pytest.mark.parametrize("estimator", ["ransac", "vanilla"])

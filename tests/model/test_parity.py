@@ -7,7 +7,9 @@ import torch
 from eloftr_kernels.window_match import window_match, windows
 from support.golden import golden_model, image, reference
 
-from eloftr_ops import EfficientLoFTR
+from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig
+from eloftr_ops.coarse import pair_confidence
+from eloftr_ops.matcher import PairMaps
 
 FEATURE_ERROR = 1e-4  # relative, float32
 CONFIDENCE_ERROR = 1e-3
@@ -45,6 +47,7 @@ def single(model: EfficientLoFTR) -> dict[str, torch.Tensor]:
             "coarse0": maps.coarse0[:, ::8],
             "coarse1": maps.coarse1[:, ::8],
             "conf_rowmax": maps.best.score1.exp(),
+            "conf_colmax": _column_maxima(maps, config),
             "window0": windows(fine0, first[0], first[1], ring=0),
             "window1": windows(fine1, first[0], first[2], ring=1),
             "stage1_keypoints0": _cell_positions(cells[1], 32) + fine.pixel0,
@@ -63,9 +66,10 @@ def test_features_agree(single: dict[str, torch.Tensor], stage: str) -> None:
     assert error <= FEATURE_ERROR
 
 
-def test_confidence_of_every_cell_agrees(single: dict[str, torch.Tensor]) -> None:
-    expected = torch.from_numpy(reference()["single/conf_rowmax"])
-    torch.testing.assert_close(single["conf_rowmax"], expected, rtol=CONFIDENCE_ERROR, atol=1e-7)
+@pytest.mark.parametrize("maximum", ["conf_rowmax", "conf_colmax"])
+def test_confidence_of_every_cell_agrees(single: dict[str, torch.Tensor], maximum: str) -> None:
+    expected = torch.from_numpy(reference()[f"single/{maximum}"])
+    torch.testing.assert_close(single[maximum], expected, rtol=CONFIDENCE_ERROR, atol=1e-7)
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -126,6 +130,11 @@ def test_reparameterised_branches_agree_with_the_training_form(model: EfficientL
         for a, b in zip(model.backbone(image0), fused.backbone(image0), strict=True):
             assert (a - b).norm() / a.norm() <= 1e-4
     _check("single", _match(fused, image0, image("image1", 0)))
+
+
+def _column_maxima(maps: PairMaps, config: EfficientLoFTRConfig) -> torch.Tensor:
+    cells1 = torch.arange(maps.best.best0.shape[1])
+    return pair_confidence(maps.scores, torch.zeros_like(cells1), maps.best.best0[0], cells1, config)[None]
 
 
 def _match(model: EfficientLoFTR, image0: torch.Tensor, image1: torch.Tensor, **masks: torch.Tensor) -> dict:

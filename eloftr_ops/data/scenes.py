@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image pairs of random scenes in space, with exact depth, pose and intrinsics.
+
+A scene is a far wall, at times a floor and a side wall, and textured panels and boxes before them; surfaces may cut
+into each other. Two cameras look at it. Everything is batched tensor code on the textures' device.
+
+Convention:
+    Image points are (x, y) with the centre of pixel (x, y) at (x + 0.5, y + 0.5); ``K`` belongs to that frame. Camera
+    coordinates are x right, y down, z forward; ``T_0to1`` maps those of camera 0 to those of camera 1; depth is z.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eloftr_ops.data.photometric import PhotometricConfig, photometric_change
+from eloftr_ops.data.scene_geometry import (
+    DISTANCE,
+    Facets,
+    Hits,
+    Views,
+    camera_pose,
+    cast,
+    draw_facets,
+    look,
+    visible_share,
+)
+from eloftr_ops.data.synthetic import _pyramid
+
+_SHRINKS = (0.5, 0.25, 0.05)  # what a camera motion that never fits is multiplied by
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """What ``ScenePairs`` renders.
+
+    Attributes:
+        panels: most flat panels in a scene; each is left out by chance.
+        boxes: most boxes in a scene; each is left out by chance.
+        yaw: largest angle between the cameras about the vertical axis, degrees.
+        pitch: largest angle between them about the horizontal axis, degrees.
+        roll: largest angle between them about the viewing direction, degrees.
+        distance_ratio: largest ratio of their distances from the scene, >= 1.
+        shift: largest difference of the points that they look at, per axis, in distances from the scene.
+        focal: focal length in units of the longer image side is log-uniform in this interval.
+        focal_ratio: largest ratio of their focal lengths, >= 1.
+        min_overlap: both images show each other, unoccluded, with about this share of their area at least; at
+            most 0.8.
+        tries: camera motions drawn before the last one is reduced.
+        zoom: texture pixels per image pixel of a facet seen frontally are log-uniform in this interval, less where
+            the texture is small.
+        shading: largest share of light that a facet loses, in [0, 1).
+        photometric: change of look, drawn for each image on its own; ``None`` for none.
+    """
+
+    panels: int = 3
+    boxes: int = 3
+    yaw: float = 40.0
+    pitch: float = 15.0
+    roll: float = 30.0
+    distance_ratio: float = 1.5
+    shift: float = 0.08
+    focal: tuple[float, float] = (0.7, 1.5)
+    focal_ratio: float = 1.3
+    min_overlap: float = 0.3
+    tries: int = 6
+    zoom: tuple[float, float] = (0.5, 1.5)
+    shading: float = 0.4
+    photometric: PhotometricConfig | None = field(default_factory=PhotometricConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("panels", "boxes", "yaw", "pitch", "roll", "shift"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}; 0 switches it off")
+        for name in ("distance_ratio", "focal_ratio"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}; 1 switches it off")
+        for name in ("focal", "zoom"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be (low, high) with 0 < low <= high, got {(low, high)}")
+        if not 0 <= self.min_overlap <= 0.8:
+            raise ValueError(f"min_overlap must be in [0, 0.8], got {self.min_overlap}")
+        if self.tries < 1:
+            raise ValueError(f"tries must be >= 1, got {self.tries}")
+        if not 0 <= self.shading < 1:
+            raise ValueError(f"shading must be in [0, 1), got {self.shading}")
+
+
+class SceneBatch(NamedTuple):
+    """Rendered pairs.
+
+    Convention:
+        ``X1 = T_0to1 X0``; K for (x, y) with the centre of pixel (x, y) at (x + 0.5, y + 0.5); depth is z at the pixel
+        centre, 0 where the image shows no surface.
+    """
+
+    image0: Tensor  # (B, 1, H, W) float32 in [0, 1]
+    image1: Tensor  # (B, 1, H, W) float32 in [0, 1]
+    depth0: Tensor  # (B, H, W) float32
+    depth1: Tensor  # (B, H, W) float32
+    K0: Tensor  # (B, 3, 3) float32
+    K1: Tensor  # (B, 3, 3) float32
+    T_0to1: Tensor  # (B, 4, 4) float32, camera 0 to camera 1
+
+
+class _Coats(NamedTuple):
+    """How textures lie on the P facets of B scenes."""
+
+    texture: Tensor  # (B, P) int64
+    centre: Tensor  # (B, P, 2) texture pixel at the facet's centre
+    reach: Tensor  # (B, P, 2) texture pixels per unit of a and b
+    gain: Tensor  # (B, P)
+
+
+class ScenePairs:
+    """Renders pairs of views of scenes in space.
+
+    Each pixel is sampled bilinearly from the level of its texture's image pyramid that has about one pixel per image
+    pixel there. Large facets show their texture mirrored past its borders.
+
+    Args:
+        textures: gray images, each (H, W) uint8, all on one device; a pyramid of each is kept.
+        config: what to render; defaults to ``SceneConfig()``.
+        weights: relative frequency of each texture; equal if left out.
+
+    Raises:
+        ValueError: no texture, a texture with another shape, or weights of another length.
+        TypeError: a texture that is not uint8.
+    """
+
+    def __init__(
+        self,
+        textures: Iterable[Tensor],
+        config: SceneConfig | None = None,
+        *,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.config = config or SceneConfig()
+        pyramids = [_pyramid(texture) for texture in textures]
+        if not pyramids:
+            raise ValueError("textures must hold at least one image, got none")
+        weights = [1.0] * len(pyramids) if weights is None else weights
+        if len(weights) != len(pyramids):
+            raise ValueError(f"weights must have one value per texture, got {len(weights)}")
+        device = pyramids[0][0].device
+        self._weights = torch.tensor(weights, dtype=torch.float64, device=device)
+        # All levels of all textures in one row of bytes, so that one gather serves every facet of every scene.
+        self._texels = torch.cat([level.flatten() for levels in pyramids for level in levels])
+        self._deepest = max(len(levels) for levels in pyramids)
+        table, start = [], 0
+        for levels in pyramids:
+            rows = []
+            for depth, level in enumerate(levels):
+                rows.append((start, level.shape[1], level.shape[0], 2**depth))
+                start += level.numel()
+            table += rows + [rows[-1]] * (self._deepest - len(rows))
+        self._table = torch.tensor(table, device=device)  # (textures * deepest, 4) start, width, height, reduction
+
+    def __call__(self, batch: int, size_hw: tuple[int, int], generator: torch.Generator) -> SceneBatch:
+        """The same as `sample`."""
+        return self.sample(batch, size_hw, generator)
+
+    def sample(self, batch: int, size_hw: tuple[int, int], generator: torch.Generator) -> SceneBatch:
+        """Render a batch of pairs; everything random comes from the generator.
+
+        Convention:
+            As `SceneBatch`.
+
+        Args:
+            batch: number of pairs B.
+            size_hw: height H and width W of every image, pixels.
+            generator: source of randomness, on the textures' device.
+
+        Returns:
+            The pairs. Depth, intrinsics and pose are exact up to float32 rounding.
+
+        Raises:
+            ValueError: batch or a size is not positive.
+        """
+        height, width = size_hw
+        if batch < 1 or height < 1 or width < 1:
+            raise ValueError(f"batch and size_hw must be positive, got {batch} and {size_hw}")
+        facets = draw_facets(batch, self.config.panels, self.config.boxes, generator)
+        K, T = _draw_cameras(facets, size_hw, generator, self.config)
+        coats = self._draw_coats(facets, K[:batch, 0, 0], generator)
+        sky = torch.rand(batch, 1, generator=generator, device=generator.device)
+        both = Facets(facets.frames.repeat(2, 1, 1, 1), facets.present.repeat(2, 1), facets.single)
+        views = look(both, K, T)
+        views = views._replace(inverse=views.inverse.float())
+        hits = cast(views, pixel_centres(size_hw, generator.device).flatten(0, 1))
+        seen = hits.inverse_depth > 0
+        depth = (seen / torch.where(seen, hits.inverse_depth, 1)).unflatten(1, size_hw)
+        gray = self._shade(views, hits, _Coats(*(x.repeat(2, *[1] * (x.ndim - 1)) for x in coats)))
+        images = torch.where(seen, gray, sky.repeat(2, 1)).view(2 * batch, 1, *size_hw)
+        if self.config.photometric is not None:
+            images = photometric_change(images, generator, self.config.photometric)
+        T_0to1 = T[batch:] @ torch.linalg.inv(T[:batch])
+        return SceneBatch(*images.split(batch), *depth.split(batch), *K.float().split(batch), T_0to1.float())
+
+    def _draw_coats(self, facets: Facets, focal: Tensor, generator: torch.Generator) -> _Coats:
+        """Textures at a random place; facets that can, show a part that lies wholly inside."""
+        batch, count = facets.present.shape
+        u = torch.rand(4, batch, count, generator=generator, device=focal.device, dtype=torch.float64)
+        texture = torch.multinomial(self._weights, batch * count, replacement=True, generator=generator)
+        texture = texture.view(batch, count)
+        sizes = self._table[texture * self._deepest, 1:3].double()
+        low, high = map(math.log, self.config.zoom)
+        zoom = torch.exp(low + (high - low) * u[0])[..., None]
+        half = torch.linalg.vector_norm(facets.frames[..., :2], dim=-2)
+        away = (DISTANCE + facets.frames[..., 2, 2]).clamp_min(1.0)
+        frontal = half * (focal[:, None] / away)[..., None]  # half sides in image pixels
+        fitting = (sizes / (2 * frontal)).amin(-1, keepdim=True).clamp_min(self.config.zoom[0])
+        reach = frontal * torch.minimum(zoom, fitting)
+        margin = torch.where((2 * reach <= sizes).all(-1, keepdim=True), reach, 0)
+        centre = margin + (sizes - 2 * margin) * torch.stack([u[1], u[2]], -1)
+        return _Coats(texture, centre.float(), reach.float(), (1 - self.config.shading * u[3]).float())
+
+    def _shade(self, views: Views, hits: Hits, coats: _Coats) -> Tensor:
+        """Gray values (N, M) of the hits, in [0, 1]."""
+        rows = torch.arange(len(views.ids), device=views.ids.device)[:, None]
+        texture, centre, reach, gain = (coat[rows, views.ids] for coat in coats)  # of the views' facets
+        focal = views.K[:, 0, 0]
+        # The Jacobian of a homography (a, b, 1) w = G (x, y, 1) has the determinant det G / w^3.
+        area = torch.linalg.det(views.inverse.double()).abs() * reach.prod(-1) / focal[:, None].square()
+        level_at_unit_depth = 0.5 * torch.log2(area.clamp_min(1e-30)).float()
+        per_facet = [level_at_unit_depth, *centre.unbind(-1), *reach.unbind(-1), gain]
+        offset, x0, y0, along, down, light = (values.gather(1, hits.index) for values in per_facet)
+        depth = 1 / hits.inverse_depth.clamp_min(1e-6)
+        level = (offset + 1.5 * torch.log2(depth)).round_().clamp_(0, self._deepest - 1).long()
+        x = x0 + along * hits.scaled[:, 0] * depth
+        y = y0 + down * hits.scaled[:, 1] * depth
+        return self._sample(texture.gather(1, hits.index) * self._deepest, level, x, y) * light
+
+    def _sample(self, first: Tensor, level: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Bilinear gray in [0, 1] at (N, M) coordinates of full textures, mirrored; ``first`` is a table row."""
+        start, width, height, reduction = self._table[first + level].unbind(-1)
+        full = self._table[first]
+        (left, right, across), (top, bottom, down) = (
+            _neighbours(position, side, limit, reduction)
+            for position, side, limit in ((x, full[..., 1], width), (y, full[..., 2], height))
+        )
+        top, bottom = start + top * width, start + bottom * width
+        corners = [self._texels[at].float() for at in (top + left, top + right, bottom + left, bottom + right)]
+        upper = torch.lerp(corners[0], corners[1], across)
+        return torch.lerp(upper, torch.lerp(corners[2], corners[3], across), down).div_(255)
+
+
+def pixel_centres(size_hw: tuple[int, int], device: torch.device) -> Tensor:
+    """(H, W, 2) float32 (x, y) = (column + 0.5, row + 0.5)."""
+    height, width = size_hw
+    y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+    return torch.stack([x, y], dim=-1) + 0.5
+
+
+def _neighbours(position: Tensor, full: Tensor, side: Tensor, reduction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels of a reduced level on both sides of a coordinate of the full texture, and the weight of the second."""
+    folded = position.remainder(2 * full)
+    last = (side - 1).float()
+    inner = torch.minimum(torch.minimum(folded, 2 * full - folded) / reduction - 0.5, last).clamp_min_(0)
+    first = inner.floor()
+    return first.long(), torch.minimum(first + 1, last).long(), inner - first
+
+
+def _draw_cameras(
+    facets: Facets, size_hw: tuple[int, int], generator: torch.Generator, config: SceneConfig
+) -> tuple[Tensor, Tensor]:
+    """K (2B, 3, 3) and world-to-camera T (2B, 4, 4), first all cameras 0, then all cameras 1; float64.
+
+    Of several motions the first counts that keeps the overlap; if there is none, the last one much reduced.
+    """
+    batch = len(facets.frames)
+    base = torch.rand(1, batch, 8, generator=generator, device=generator.device, dtype=torch.float64)
+    draws = torch.rand(config.tries, batch, 8, generator=generator, device=generator.device, dtype=torch.float64)
+    motion = draws * 2 - 1
+    motion = torch.cat([motion, torch.stack([motion[-1] * factor for factor in _SHRINKS])])
+    count = len(motion)
+    candidates = [
+        _camera(base.expand_as(motion).flatten(0, 1), half * motion.flatten(0, 1), size_hw, config)
+        for half in (-0.5, 0.5)
+    ]
+    repeated = Facets(facets.frames.repeat(count, 1, 1, 1), facets.present.repeat(count, 1), facets.single)
+    views0, views1 = (look(repeated, K, T) for K, T in candidates)
+    share = torch.minimum(visible_share(views0, views1, size_hw), visible_share(views1, views0, size_hw))
+    passes = (share >= config.min_overlap).view(count, batch)
+    passes[-1] = True
+    chosen = passes.to(torch.int8).argmax(0) * batch + torch.arange(batch, device=base.device)
+    K, T = (torch.cat([first[chosen], second[chosen]]) for first, second in zip(*candidates, strict=True))
+    return K, T
+
+
+def _camera(
+    base: Tensor, motion: Tensor, size_hw: tuple[int, int], config: SceneConfig
+) -> tuple[Tensor, Tensor]:
+    """Intrinsics and pose (N, ...) of cameras from draws (N, 8): those of the pair in [0, 1], its own in [-0.5, 0.5]."""
+    height, width = size_hw
+    yaw = math.radians(config.yaw) * motion[:, 0] + 0.5 * (base[:, 0] - 0.5)
+    pitch = math.radians(config.pitch) * motion[:, 1] - 0.3 * base[:, 1]  # from a little above
+    roll = math.radians(config.roll) * motion[:, 2] + 0.2 * (base[:, 2] - 0.5)
+    distance = DISTANCE * torch.exp(math.log(config.distance_ratio) * motion[:, 3])
+    target = DISTANCE * config.shift * motion[:, 4:7] + 0.4 * (base[:, 3:6] - 0.5)
+    low, high = map(math.log, config.focal)
+    focal = max(height, width) * torch.exp(
+        low + (high - low) * base[:, 6] + math.log(config.focal_ratio) * motion[:, 7]
+    )
+    K = torch.diag_embed(torch.stack([focal, focal, torch.ones_like(focal)], -1))
+    K[:, 0, 2] = width * (0.5 + 0.1 * motion[:, 1])
+    K[:, 1, 2] = height * (0.5 + 0.1 * motion[:, 0])
+    return K, camera_pose(yaw, pitch, roll, distance, target)
