@@ -61,7 +61,9 @@ def homography_cases() -> list[Case]:
         Case("coordinates in the thousands", many + 4000.0, mapped + 6000.0, True),
         Case("one outlier at 1e5", many, outlier, True),
         Case("points across the horizon", across, apply_homography(steep[None], across[None])[0], True),
-        Case("collinear", line * torch.tensor([10.0, 5.0]) + 3.0, line * torch.tensor([7.0, 9.0]) + 1.0, False),
+        Case(
+            "collinear", line * torch.tensor([10.0, 5.0]) + 3.0, line * torch.tensor([7.0, 9.0]) + 1.0, False
+        ),
         Case("3 points, repeated", many[:3].repeat(4, 1), mapped[:3].repeat(4, 1), False),
         Case("3 distinct points of 8", mostly, mostly + 5.0, False),
         Case("one point, repeated", spot, spot + 3.0, False),
@@ -73,7 +75,9 @@ def fundamental_cases() -> list[Case]:
     """Return point sets that are hard for a fundamental matrix estimator."""
     generator = torch.Generator().manual_seed(1)
     K = torch.tensor([[500.0, 0.0, 320.0], [0.0, 500.0, 240.0], [0.0, 0.0, 1.0]])
-    X = torch.rand(20, 3, generator=generator) * torch.tensor([4.0, 3.0, 4.0]) + torch.tensor([-2.0, -1.5, 4.0])
+    X = torch.rand(20, 3, generator=generator) * torch.tensor([4.0, 3.0, 4.0]) + torch.tensor(
+        [-2.0, -1.5, 4.0]
+    )
     noise = torch.randn(20, 2, generator=generator)
     cosine, sine = math.cos(0.1), math.sin(0.1)
     R = torch.tensor([[cosine, 0.0, sine], [0.0, 1.0, 0.0], [-sine, 0.0, cosine]])
@@ -99,7 +103,12 @@ def fundamental_cases() -> list[Case]:
         Case("points on a plane", pixels(plane), pixels(plane @ R.T + t), False),
         Case("identical images", seen0, seen0.clone(), False),
         Case("collinear", line * torch.tensor([10.0, 5.0]), line * torch.tensor([7.0, 9.0]) + 1.0, False),
-        Case("7 points, one repeated 6 times", seen0[[*range(7), *[0] * 5]], seen1[[*range(7), *[0] * 5]], False),
+        Case(
+            "7 points, one repeated 6 times",
+            seen0[[*range(7), *[0] * 5]],
+            seen1[[*range(7), *[0] * 5]],
+            False,
+        ),
         Case("one point, repeated", seen0[:1].repeat(9, 1), seen1[:1].repeat(9, 1), False),
     ]
 
@@ -131,14 +140,15 @@ HOMOGRAPHY_ESTIMATORS: dict[str, Estimator] = {
 FUNDAMENTAL_ESTIMATORS: dict[str, Estimator] = {
     "ours": _ours_fundamental,
     "kornia find_fundamental": lambda a, b: (find_fundamental(a[None], b[None]), None),
+    "the same, as returned": lambda a, b: (find_fundamental(a[None], b[None]), None),
 }
 
 
-def observe(case: Case, estimator: Estimator, homography: bool) -> Outcome:
+def observe(case: Case, estimator: Estimator, homography: bool, as_returned: bool = False) -> Outcome:
     """Estimate, and differentiate what does not depend on the scale of the matrix.
 
     For a homography that is where it maps the corners of the points' bounding box; for a fundamental matrix, the
-    matrix at unit norm. An exception counts as NaN.
+    matrix at unit norm, or with `as_returned` as it is. An exception counts as NaN.
     """
     x0, x1 = case.keypoints0.clone().requires_grad_(), case.keypoints1.clone().requires_grad_()
     try:
@@ -147,9 +157,14 @@ def observe(case: Case, estimator: Estimator, homography: bool) -> Outcome:
             low, high = case.keypoints0.amin(0), case.keypoints0.amax(0)
             corners = torch.stack([low, torch.stack([high[0], low[1]]), high, torch.stack([low[0], high[1]])])
             observed = apply_homography(matrix, corners[None])
+        elif as_returned:
+            observed = matrix
         else:
-            size = torch.linalg.vector_norm(matrix.detach())
-            observed = matrix / (size if size > 0 else 1.0)
+            # Both matrices at unit norm and with one sign, so that the cotangent sees the same function.
+            flat = matrix.flatten()
+            largest = flat[flat.detach().abs().argmax()]
+            size = torch.linalg.vector_norm(matrix) * largest.detach().sign()
+            observed = matrix / torch.where(size == 0, 1.0, size)
         generator = torch.Generator().manual_seed(2)
         cotangent = torch.randn(observed.shape, generator=generator)
         gradients = torch.autograd.grad((observed * cotangent).sum(), (x0, x1))
@@ -172,8 +187,8 @@ def table(cases: list[Case], estimators: dict[str, Estimator], homography: bool)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for case in cases:
         cells = [case.name, "yes" if case.well_posed else "no"]
-        for estimator in estimators.values():
-            result = observe(case, estimator, homography)
+        for name, estimator in estimators.items():
+            result = observe(case, estimator, homography, name.endswith("as returned"))
             flag = "" if result.valid is None else ("valid: " if result.valid else "flagged: ")
             cells.append(f"{flag}{_number(result.value)} / {_number(result.gradient)}")
         lines.append("| " + " | ".join(cells) + " |")

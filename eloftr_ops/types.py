@@ -72,3 +72,19 @@ class Matches(NamedTuple):
     keypoints1: Tensor  # (M, 2) x, y in image 1, pixels
     confidence: Tensor  # (M,)
     batch_indexes: Tensor  # (M,) int64, ascending
+
+
+class CoarsePairs(NamedTuple):
+    """True pairs of cells."""
+
+    batch: Tensor  # (M,) int64
+    cells0: Tensor  # (M,) int64
+    cells1: Tensor  # (M,) int64
+
+
+class WindowTargets(NamedTuple):
+    """Where the pixels of each pair's window in image 0 lie in its window in image 1."""
+
+    visible: Tensor  # (M, 64) bool: the true pixel lies in the window
+    pixels1: Tensor  # (M, 64) int64 nearest pixel of the 8x8 window of image 1
+    offsets: Tensor  # (M, 64, 2) true position minus that pixel, -0.5 .. 0.5

@@ -8,6 +8,7 @@ is.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple
 
 import torch
@@ -67,7 +68,8 @@ class Objective(NamedTuple):
         return scaled.mT @ slope.flatten(1, 2), (scaled.mT @ value.flatten(1, 2)[..., None])[..., 0]
 
 
-class Minimum(NamedTuple, Generic[ChartT]):
+@dataclass(frozen=True)
+class Minimum(Generic[ChartT]):
     """Where the iterations ended."""
 
     chart: ChartT

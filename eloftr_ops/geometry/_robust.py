@@ -14,7 +14,8 @@ ROUNDS = 16
 START_KERNEL = "geman_mcclure"
 # With half of the matches wrong, 4 right ones are drawn once in 16 samples, 8 once in 256.
 SAMPLES = 256
-SAMPLES_AT_ONCE = 32
+# Residuals held at once while samples are scored, so that memory does not grow with the number of matches.
+RESIDUALS_AT_ONCE = 2**18
 
 
 def robust_cost(squared: Tensor, scale: Tensor, kernel: str | None) -> Tensor:
@@ -94,7 +95,8 @@ def sampled_start(
     batch = torch.arange(weights.shape[0], device=weights.device)
     best = torch.full_like(scale, float("inf"))
     chosen = torch.eye(3, dtype=scale.dtype, device=scale.device).repeat(weights.shape[0], 1, 1)
-    for part in index.view(-1, SAMPLES, sample_size).split(SAMPLES_AT_ONCE, dim=1):
+    at_once = min(max(RESIDUALS_AT_ONCE // weights.numel(), 1), SAMPLES)
+    for part in index.view(-1, SAMPLES, sample_size).split(at_once, dim=1):
         count = part.shape[1]
         rows = batch[:, None, None].expand_as(part)
         matrices = propose(points[0][rows, part].flatten(0, 1), points[1][rows, part].flatten(0, 1))

@@ -8,10 +8,13 @@ from eloftr_ops.losses.homography import (
     symmetric_transfer_loss,
     weak_homography_loss,
 )
+from eloftr_ops.losses.matching import MatchingLosses, coarse_focal_loss, window_losses
 from eloftr_ops.losses.photometric import photometric_loss
 from eloftr_ops.losses.pose import pose_loss, rotation_angle, translation_direction_angle
 
 __all__ = [
+    "MatchingLosses",
+    "coarse_focal_loss",
     "corner_error_loss",
     "cycle_consistency_loss",
     "photometric_loss",
@@ -23,4 +26,5 @@ __all__ = [
     "translation_direction_angle",
     "weak_homography_loss",
     "weak_pose_loss",
+    "window_losses",
 ]

@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from eloftr_kernels import pair_scores
-from eloftr_kernels.window_match import pixel_log_joint, subpixel_expectation, windows
 from torch import Tensor
 
+from eloftr_kernels import pair_scores
+from eloftr_kernels.window_match import pixel_log_joint, subpixel_expectation, windows
 from eloftr_ops.config import EfficientLoFTRConfig
-from eloftr_ops.training.supervision import CoarsePairs, WindowTargets
-from eloftr_ops.types import CoarseScores
+from eloftr_ops.types import CoarsePairs, CoarseScores, WindowTargets
 
 
 class MatchingLosses(NamedTuple):

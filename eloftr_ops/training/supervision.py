@@ -7,30 +7,14 @@ stands at (8 column, 8 row), pixel q of its window at 8 column + q - 3.5, as the
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from eloftr_kernels.window_match import pixel_offsets
 from kornia.geometry.linalg import transform_points
 from torch import Tensor
 
+from eloftr_kernels.window_match import pixel_offsets
+from eloftr_ops.types import CoarsePairs, WindowTargets
+
 CELL = 8
-
-
-class CoarsePairs(NamedTuple):
-    """True pairs of cells."""
-
-    batch: Tensor  # (M,) int64
-    cells0: Tensor  # (M,) int64
-    cells1: Tensor  # (M,) int64
-
-
-class WindowTargets(NamedTuple):
-    """Where the pixels of each pair's window in image 0 lie in its window in image 1."""
-
-    visible: Tensor  # (M, 64) bool: the true pixel lies in the window
-    pixels1: Tensor  # (M, 64) int64 nearest pixel of the 8x8 window of image 1
-    offsets: Tensor  # (M, 64, 2) true position minus that pixel, -0.5 .. 0.5
 
 
 @torch.no_grad()

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.gradients import finite_gradients
-from support.two_view import intrinsics, pair_index, planar_scene, project, scene
 from torch import Tensor
 
 from eloftr_ops.geometry import (
@@ -16,6 +14,8 @@ from eloftr_ops.geometry import (
     homography_from_matches,
     relative_pose_from_matches,
 )
+from support.gradients import finite_gradients
+from support.two_view import intrinsics, pair_index, planar_scene, project, scene
 
 Estimator = Callable[..., Any]
 

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kornia.geometry.epipolar import sampson_epipolar_distance
-from support.gradients import check_gradients
-from support.two_view import Scene, scene
 from torch import Tensor
 
 from eloftr_ops.geometry import fundamental_from_matches, fundamental_from_pose
+from support.gradients import check_gradients
+from support.two_view import Scene, scene
 
 LINEAR: dict[str, Any] = {}
 REFINED: dict[str, Any] = {"refine_steps": 30}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.gradients import check_gradients
-from support.two_view import SIZE, PlanarScene, pair_index, planar_scene, project
 from torch import Tensor
 
 from eloftr_ops.geometry import apply_homography, homography_from_matches
+from support.gradients import check_gradients
+from support.two_view import SIZE, PlanarScene, pair_index, planar_scene, project
 
 LINEAR: dict[str, Any] = {}
 REFINED: dict[str, Any] = {"refine_steps": 20}

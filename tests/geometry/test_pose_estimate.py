@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.gradients import check_gradients
-from support.two_view import Scene, angle_between, direction_between, scene
 from torch import Tensor
 
 from eloftr_ops.geometry import essential_from_matches, relative_pose_from_matches
 from eloftr_ops.geometry.pose import PoseEstimate
+from support.gradients import check_gradients
+from support.two_view import Scene, angle_between, direction_between, scene
 
 LINEAR: dict[str, Any] = {"refine_steps": 0}
 REFINED: dict[str, Any] = {"refine_steps": 30}

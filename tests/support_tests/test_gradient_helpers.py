@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.gradients import check_gradients, finite_gradients
 from torch import Tensor
+
+from support.gradients import check_gradients, finite_gradients
 
 
 class _Cube(torch.autograd.Function):
