@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused kernels of EfficientLoFTR with PyTorch references; torch only at import, usable without ``eloftr_ops``."""
 
-from eloftr_kernels.aggregated_attention.reference import aggregated_attention
+from eloftr_kernels.aggregated_attention.op import aggregated_attention
+from eloftr_kernels.dispatch import backend
 from eloftr_kernels.dual_softmax.reference import dual_softmax_lse, mutual_best, pair_scores
-from eloftr_kernels.upsample_mlp.reference import upsample_mlp
+from eloftr_kernels.upsample_mlp.op import upsample_mlp
 from eloftr_kernels.window_match.reference import WindowMatches, window_match
 
 __all__ = [
     "WindowMatches",
     "aggregated_attention",
+    "backend",
     "dual_softmax_lse",
     "mutual_best",
     "pair_scores",

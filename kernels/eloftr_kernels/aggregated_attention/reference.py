@@ -60,7 +60,7 @@ def aggregated_attention(
         message = F.scaled_dot_product_attention(q, k, v, attn_mask=(key_valid | ~some)[:, None, None])
         message = message * some[..., None, None]
     message = F.linear(message.transpose(1, 2).flatten(2), merge_weight)
-    message = message.mT.reshape(-1, x.shape[1], rows, columns).contiguous(memory_format=torch.channels_last)
+    message = message.mT.reshape(*x.shape[:2], rows, columns).contiguous(memory_format=torch.channels_last)
     return message if mask is None else message * token_mask(mask)[:, None]
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""See ``reference.py`` for the formula."""
+"""``reference.py`` has the formula, ``op.py`` the operator, ``kernel.py`` its kernels."""

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Aggregated attention on the coarse maps of 640x480 images, with masks and rotary encoding."""
+
+from __future__ import annotations
+
+import torch
+
+from eloftr_kernels.aggregated_attention import kernel, kernel_backward
+
+SHAPES = {"full": (256, 8), "small": (96, 6)}  # channels, heads
+HEIGHT, WIDTH = 60, 80
+
+
+def launch(shape: str, dtype: torch.dtype) -> None:
+    """Run the launchers on meta tensors."""
+    channels, heads = SHAPES[shape]
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    x = empty(2, channels, HEIGHT, WIDTH).to(memory_format=torch.channels_last)
+    source = x.clone()
+    weights = [empty(channels, 1, 4, 4), empty(channels), empty(channels)]
+    weights += [empty(channels, channels) for _ in range(4)]
+    rotary = empty(2, kernel.token_count(x), channels // 2)
+    mask = torch.empty(2, HEIGHT, WIDTH, dtype=torch.bool, device="meta")
+    message, *saved = kernel.forward(x, source, *weights, heads, rotary, mask, mask)
+    kernel_backward.backward(message, *saved, x, source, *weights, heads, rotary, mask, mask)

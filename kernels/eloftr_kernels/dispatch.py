@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation an op runs: the user's choice, reasons against Triton in words, argument checks."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "reference", "triton"]
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_ELEMENTS = 2**31  # offsets inside the kernels are 32-bit
+MIN_HEAD_SIZE = 16  # the smallest inner dimension of a matrix instruction
+
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_choice: ContextVar[Backend] = ContextVar("eloftr_kernels_backend", default="auto")
+# What a traced graph sees: torch.compile can guard a global, but no context variable.
+_latest: Backend = "auto"
+
+
+@contextlib.contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Choose the implementation of every op of this package inside a ``with`` block.
+
+    ``auto`` runs Triton on a GPU wherever an op's ``why_not`` knows no reason against it, PyTorch elsewhere.
+    ``reference`` always runs PyTorch. ``triton`` runs Triton, on CPU tensors in its interpreter
+    (``TRITON_INTERPRET=1``), and an op that cannot raises RuntimeError with the reason.
+
+    The choice belongs to the current thread (context). A function under ``torch.compile`` follows the choice
+    made last in the process, and is compiled again when that changes. A backward pass runs what its forward
+    pass ran.
+
+    Raises:
+        ValueError: any other name.
+    """
+    global _latest
+    if name not in get_args(Backend):
+        raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {name!r}.")
+    token, outer = _choice.set(name), _latest
+    _latest = name
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+        _latest = outer
+
+
+def chosen_backend() -> Backend:
+    """The choice in force here: ``auto`` unless a ``backend`` block encloses the call."""
+    return _latest if torch.compiler.is_compiling() else _choice.get()
+
+
+def use_triton(op: str, reason: str | None) -> bool:
+    """Whether ``op`` runs its Triton kernels, given what its ``why_not`` said.
+
+    Raises:
+        RuntimeError: ``triton`` was chosen and there is a reason against it.
+    """
+    choice = chosen_backend()
+    if choice == "triton" and reason is not None:
+        raise RuntimeError(
+            f"{op}: backend 'triton' cannot be honoured: {reason}; choose 'auto' or 'reference'."
+        )
+    return choice != "reference" and reason is None
+
+
+def why_not_triton(tensors: Mapping[str, Tensor | None], head_size: int | None = None) -> str | None:
+    """The reasons that all ops share, as half a sentence; None where there is none.
+
+    Args:
+        tensors: the op's tensor arguments by name, on one device (``check_devices``).
+        head_size: channels per attention head, where the op has heads.
+    """
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    kind = next(iter(given.values())).device.type
+    if kind == "cpu" and chosen_backend() != "triton":
+        return "the tensors are on the CPU, where PyTorch is faster than Triton's interpreter"
+    if kind == "cpu" and not interpreting():
+        return "the tensors are on the CPU and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
+    if kind not in ("cpu", "cuda"):
+        return f"no kernel is written for the device type {kind}"
+    for name, tensor in given.items():
+        if tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES:
+            return f"{name} is {tensor.dtype}; the kernels compute in float32, float16 or bfloat16"
+        if tensor.numel() >= MAX_ELEMENTS or _reach(tensor) >= MAX_ELEMENTS:
+            return f"{name} spans 2^31 elements or more, beyond the kernels' 32-bit offsets"
+    if head_size is not None and (head_size < MIN_HEAD_SIZE or head_size & (head_size - 1)):
+        return f"the head size {head_size} is not a power of two of at least {MIN_HEAD_SIZE}"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which linear maps of ``x`` run: autocast's where that is on, else its own."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype in KERNEL_DTYPES:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``: float32 products follow ``torch.set_float32_matmul_precision``."""
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it that of ``x``."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take on ``device``; 0 where there is none to speak of."""
+    if device.type != "cuda":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
+def check_shape(name: str, x: Tensor, expected: Sequence[int | None], symbols: str) -> None:
+    """Raise ValueError unless ``x`` has the ``expected`` sizes (None: any), ``symbols`` in words."""
+    sizes = zip(expected, x.shape, strict=False)
+    if x.ndim != len(expected) or any(e is not None and e != s for e, s in sizes):
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name}: expected {symbols} = ({wanted}), got {tuple(x.shape)}.")
+
+
+def check_dtype(name: str, x: Tensor, expected: torch.dtype, remedy: str) -> None:
+    """Raise TypeError unless ``x`` has the ``expected`` dtype."""
+    if x.dtype != expected:
+        raise TypeError(f"{name}: expected {expected}, got {x.dtype}; {remedy}.")
+
+
+def check_devices(tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise ValueError unless all tensors lie on the device of the first."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first = next(iter(given))
+    device = given[first].device
+    for name, tensor in given.items():
+        if tensor.device != device:
+            raise ValueError(
+                f"{name}: expected the device of {first}, {device}, got {tensor.device}; move it there."
+            )
+
+
+def _reach(x: Tensor) -> int:
+    """Elements from the first to the last of a strided tensor."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
