@@ -10,9 +10,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from eloftr_kernels import dual_softmax_lse, mutual_best, pair_scores
 from torch import Tensor
 
+from eloftr_kernels import dual_softmax_lse, mutual_best, pair_scores
 from eloftr_ops.config import EfficientLoFTRConfig
 from eloftr_ops.types import BestCells, CoarseMatches, CoarseScores
 

@@ -10,9 +10,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from eloftr_kernels import WindowMatches
 from torch import Tensor, nn
 
+from eloftr_kernels import WindowMatches
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode
 from eloftr_ops.types import CoarseMatches, CoarseScores
 

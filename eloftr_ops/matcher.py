@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from eloftr_kernels import window_match
 from kornia.feature import LoFTR
 from torch import Tensor, nn
 
+from eloftr_kernels import window_match
 from eloftr_ops.backbone import RepVGG
 from eloftr_ops.checks import check_features, check_image, check_mask, check_pair, check_same_batch
 from eloftr_ops.coarse import best_cells, score_cells, select_matches

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import torch
-from eloftr_kernels import aggregated_attention, upsample_mlp
 from torch import Tensor, nn
 
+from eloftr_kernels import aggregated_attention, upsample_mlp
 from eloftr_ops.config import EfficientLoFTRConfig
 
 AGGREGATION = 4

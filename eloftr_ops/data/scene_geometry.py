@@ -33,7 +33,9 @@ class Views(NamedTuple):
     """N cameras, each with the facets that it may see."""
 
     ids: Tensor  # (N, V) int64 index of each of the V facets in its scene
-    inverse: Tensor  # (N, V, 3, 3) camera coordinates to (a, b, 1) times inverse depth; zero if absent or edge-on
+    inverse: (
+        Tensor  # (N, V, 3, 3) camera coordinates to (a, b, 1) times inverse depth; zero if absent or edge-on
+    )
     K: Tensor  # (N, 3, 3)
     T: Tensor  # (N, 4, 4) world to camera
 
@@ -41,9 +43,8 @@ class Views(NamedTuple):
 class Hits(NamedTuple):
     """What rays meet first."""
 
-    index: Tensor  # (N, M) int64, which of the view's V facets
+    facet: Tensor  # (N, M) int64, which of the view's V facets
     inverse_depth: Tensor  # (N, M), 0 where nothing is met
-    scaled: Tensor  # (N, 2, M) the facet's coordinates (a, b) times the inverse depth
 
 
 def reproject(
@@ -66,9 +67,12 @@ def reproject(
         Points (B, M, 2) of image 1 and their depths (B, M) in camera 1. Where that depth is not positive, the
         point is meaningless but finite. The gradient flows through both, finite.
     """
-    rays = F.pad(points0, (0, 1), value=1.0) @ torch.linalg.inv(K0).mT
-    X1 = rays * depth[..., None] @ T_0to1[:, :3, :3].mT + T_0to1[:, None, :3, 3]
-    projected = X1 @ K1.mT
+    with torch.autocast(
+        points0.device.type, enabled=False
+    ):  # at eight bits the points would be off by pixels
+        rays = F.pad(points0, (0, 1), value=1.0) @ torch.linalg.inv(K0).mT
+        X1 = rays * depth[..., None] @ T_0to1[:, :3, :3].mT + T_0to1[:, None, :3, 3]
+        projected = X1 @ K1.mT
     z = projected[..., 2]
     return projected[..., :2] / torch.where(z > 0, z, 1.0)[..., None], z
 
@@ -80,39 +84,67 @@ def look(facets: Facets, K: Tensor, T: Tensor) -> Views:
     position = -(R.mT @ t[..., None])[:, None, :, 0]
     # Of two opposite faces of a box only the nearer one can face the camera.
     away = (facets.frames[:, single:, :, 2] - position).square().sum(-1)
-    faces = single + 2 * torch.arange((count - single) // 2, device=T.device) + away.unflatten(1, (-1, 2)).argmin(-1)
+    faces = (
+        single
+        + 2 * torch.arange((count - single) // 2, device=T.device)
+        + away.unflatten(1, (-1, 2)).argmin(-1)
+    )
     ids = torch.cat([torch.arange(single, device=T.device).expand(len(T), -1), faces], dim=1)
     rows = torch.arange(len(T), device=T.device)[:, None]
     u, v, centre = (R[:, None] @ facets.frames[rows, ids]).unbind(-1)
     centre = centre + t[:, None]
-    adjugate = torch.stack([torch.linalg.cross(v, centre), torch.linalg.cross(centre, u), torch.linalg.cross(u, v)], -2)
+    adjugate = torch.stack(
+        [torch.linalg.cross(v, centre), torch.linalg.cross(centre, u), torch.linalg.cross(u, v)], -2
+    )
     volume = (adjugate[..., 2, :] * centre).sum(-1)
     usable = facets.present[rows, ids] & (volume.abs() > 1e-9)
     inverse = torch.where(usable, 1 / torch.where(usable, volume, 1), 0)[..., None, None] * adjugate
     return Views(ids, inverse, K, T)
 
 
-def cast(views: Views, points: Tensor) -> Hits:
-    """First facet along the ray of each image point.
+def cast(views: Views, rays: Tensor) -> Hits:
+    """First facet along each ray.
 
     The coordinates (a, b, 1) of a facet, times the inverse depth, are linear in the ray: neither a division nor a
     special case is needed, and a facet is met where |a| and |b|, so scaled, stay below the inverse depth. Of equally
     near facets the first counts.
 
     Args:
-        views: N cameras; the result takes the dtype of ``views.inverse``.
-        points: (M, 2) or (N, M, 2) pixels.
+        views: N cameras with at most 256 facets.
+        rays: (N, 3, M) of `view_rays`.
     """
-    rays = (torch.linalg.inv(views.K) @ F.pad(points.to(views.K), (0, 1), value=1.0).mT).to(views.inverse)
-    best = rays.new_zeros(rays.shape)
-    index = torch.zeros(rays.shape[0], rays.shape[2], dtype=torch.int64, device=rays.device)
-    for facet in range(views.inverse.shape[1]):
-        scaled = views.inverse[:, facet] @ rays
+    nearest, reach = rays.new_zeros(rays.shape[0], rays.shape[2]), torch.empty_like(rays[:, 0])
+    facet = torch.zeros(nearest.shape, dtype=torch.uint8, device=rays.device)
+    scaled, met = torch.empty_like(rays), torch.empty_like(nearest, dtype=torch.bool)
+    for number in range(
+        views.inverse.shape[1]
+    ):  # into the same buffers: fresh memory costs more than the sums
+        torch.matmul(views.inverse[:, number], rays, out=scaled)
         nearness = scaled[:, 2]
-        met = (scaled[:, :2].abs().amax(1) <= nearness) & (nearness > best[:, 2])
-        best = torch.where(met[:, None], scaled, best)
-        index.masked_fill_(met, facet)
-    return Hits(index, best[:, 2], best[:, :2])
+        torch.amax(scaled[:, :2].abs_(), dim=1, out=reach)
+        nearness *= torch.le(reach, nearness, out=met)
+        torch.gt(nearness, nearest, out=met)
+        torch.maximum(nearest, nearness, out=nearest)
+        torch.maximum(
+            facet, met.view(torch.uint8).mul_(number), out=facet
+        )  # numbers grow: the last one that met
+    return Hits(facet.long(), nearest)
+
+
+def view_rays(views: Views, points: Tensor) -> Tensor:
+    """Rays (N, 3, M) with z = 1 through image points (M, 2) or (N, M, 2), without skew, in the dtype of ``inverse``."""
+    x, y = points.to(views.inverse).expand(len(views.K), -1, -1).unbind(-1)
+    focal, _, cx, _, focal_y, cy = views.K[:, :2].flatten(1).to(x)[..., None].unbind(1)
+    return torch.stack([(x - cx) / focal, (y - cy) / focal_y, torch.ones_like(x)], dim=1)
+
+
+def scaled_coordinates(homographies: Tensor, rays: Tensor, facet: Tensor) -> Tensor:
+    """First two rows (N, 2, M) of homography (N, V, 3, 3) number ``facet`` (N, M) times ray (N, 3, M)."""
+    scaled = torch.zeros_like(rays[:, :2])
+    for axis in (0, 1):
+        for k in range(3):
+            scaled[:, axis].addcmul_(homographies[:, :, axis, k].gather(1, facet), rays[:, k])
+    return scaled
 
 
 def visible_share(views0: Views, views1: Views, size_hw: tuple[int, int]) -> Tensor:
@@ -121,12 +153,12 @@ def visible_share(views0: Views, views1: Views, size_hw: tuple[int, int]) -> Ten
     steps = (torch.arange(12, device=views0.K.device, dtype=views0.K.dtype) + 0.5) / 12
     extent = torch.tensor([width, height], device=steps.device, dtype=steps.dtype)
     points0 = (torch.cartesian_prod(steps, steps) * extent).expand(len(views0.K), -1, -1)
-    inverse_depth = cast(views0, points0).inverse_depth
+    inverse_depth = cast(views0, view_rays(views0, points0)).inverse_depth
     met = inverse_depth > 0
     T_0to1 = views1.T @ torch.linalg.inv(views0.T)
     points1, z1 = reproject(points0, 1 / torch.where(met, inverse_depth, 1), views0.K, views1.K, T_0to1)
     inside = ((points1 > 0) & (points1 < extent)).all(-1) & (z1 > 0)
-    nearest = cast(views1, points1).inverse_depth
+    nearest = cast(views1, view_rays(views1, points1)).inverse_depth
     return (met & inside & ((nearest * z1 - 1).abs() < _SAME_SURFACE)).to(steps.dtype).mean(1)
 
 
@@ -156,13 +188,13 @@ def turn(angle: Tensor, axis: int) -> Tensor:
     """Rotations (..., 3, 3) about a coordinate axis."""
     cos, sin, zero, one = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle), torch.ones_like(angle)
     entries = [one, zero, zero, zero, cos, -sin, zero, sin, cos]
-    about_x = torch.stack(entries, dim=-1).unflatten(-1, (3, 3))
+    about_x = torch.stack(entries, dim=-1).view(*angle.shape, 3, 3)
     return about_x.roll((axis, axis), (-2, -1))
 
 
 def _uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
     draws = torch.rand(*shape, generator=generator, device=generator.device, dtype=torch.float64)
-    return low + (high - low) * draws
+    return draws.mul_(high - low).add_(low)
 
 
 def _frames(axes: Tensor, half: Tensor, centre: Tensor) -> Tensor:
@@ -183,7 +215,7 @@ def _walls(batch: int, generator: torch.Generator) -> Tensor:
     return torch.stack(
         [
             _frames(back, half, torch.stack([zero, zero, draw(2.0, 6.0)], -1)),
-            _frames(floor, half, torch.stack([zero, draw(0.7, 1.6), zero], -1)),
+            _frames(floor, half, torch.stack([zero, draw(0.9, 1.8), zero], -1)),
             _frames(flank, half, torch.stack([side, zero, zero], -1)),
         ],
         dim=1,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eloftr_ops.data.photometric import PhotometricConfig, photometric_change
@@ -29,10 +30,13 @@ from eloftr_ops.data.scene_geometry import (
     cast,
     draw_facets,
     look,
+    scaled_coordinates,
+    view_rays,
     visible_share,
 )
-from eloftr_ops.data.synthetic import _pyramid
+from eloftr_ops.data.synthetic import texture_activity, texture_pyramid
 
+_PLACES = 4  # drawn on the texture for a facet
 _SHRINKS = (0.5, 0.25, 0.05)  # what a camera motion that never fits is multiplied by
 
 
@@ -55,6 +59,8 @@ class SceneConfig:
         tries: camera motions drawn before the last one is reduced.
         zoom: texture pixels per image pixel of a facet seen frontally are log-uniform in this interval, less where
             the texture is small.
+        min_activity: parts of a texture whose mean gradient, in 1/255 of the gray range per pixel, is lower are
+            passed over when a better one is drawn within a few tries.
         shading: largest share of light that a facet loses, in [0, 1).
         photometric: change of look, drawn for each image on its own; ``None`` for none.
     """
@@ -71,6 +77,7 @@ class SceneConfig:
     min_overlap: float = 0.3
     tries: int = 6
     zoom: tuple[float, float] = (0.5, 1.5)
+    min_activity: float = 6.0
     shading: float = 0.4
     photometric: PhotometricConfig | None = field(default_factory=PhotometricConfig)
 
@@ -143,7 +150,7 @@ class ScenePairs:
         weights: Sequence[float] | None = None,
     ) -> None:
         self.config = config or SceneConfig()
-        pyramids = [_pyramid(texture) for texture in textures]
+        pyramids = [texture_pyramid(texture) for texture in textures]
         if not pyramids:
             raise ValueError("textures must hold at least one image, got none")
         weights = [1.0] * len(pyramids) if weights is None else weights
@@ -153,22 +160,26 @@ class ScenePairs:
         self._weights = torch.tensor(weights, dtype=torch.float64, device=device)
         # All levels of all textures in one row of bytes, so that one gather serves every facet of every scene.
         self._texels = torch.cat([level.flatten() for levels in pyramids for level in levels])
+        self._activity = torch.stack([texture_activity(levels[0]) for levels in pyramids])
         self._deepest = max(len(levels) for levels in pyramids)
         table, start = [], 0
         for levels in pyramids:
             rows = []
             for depth, level in enumerate(levels):
-                rows.append((start, level.shape[1], level.shape[0], 2**depth))
+                rows.append((start, *level.shape[::-1], 2**depth, *levels[0].shape[::-1]))
                 start += level.numel()
             table += rows + [rows[-1]] * (self._deepest - len(rows))
-        self._table = torch.tensor(table, device=device)  # (textures * deepest, 4) start, width, height, reduction
+        starts, *sides = zip(*table, strict=True)
+        self._starts = torch.tensor(starts, device=device)
+        # Of each level: width, height, reduction; then width and height of the whole texture.
+        self._sides = torch.tensor(sides, device=device, dtype=torch.float32)
 
     def __call__(self, batch: int, size_hw: tuple[int, int], generator: torch.Generator) -> SceneBatch:
         """The same as `sample`."""
         return self.sample(batch, size_hw, generator)
 
     def sample(self, batch: int, size_hw: tuple[int, int], generator: torch.Generator) -> SceneBatch:
-        """Render a batch of pairs; everything random comes from the generator.
+        """Render a batch of pairs, at full precision under autocast too; everything random comes from the generator.
 
         Convention:
             As `SceneBatch`.
@@ -187,6 +198,10 @@ class ScenePairs:
         height, width = size_hw
         if batch < 1 or height < 1 or width < 1:
             raise ValueError(f"batch and size_hw must be positive, got {batch} and {size_hw}")
+        with torch.no_grad(), torch.autocast(self._texels.device.type, enabled=False):
+            return self._sample_pairs(batch, size_hw, generator)
+
+    def _sample_pairs(self, batch: int, size_hw: tuple[int, int], generator: torch.Generator) -> SceneBatch:
         facets = draw_facets(batch, self.config.panels, self.config.boxes, generator)
         K, T = _draw_cameras(facets, size_hw, generator, self.config)
         coats = self._draw_coats(facets, K[:batch, 0, 0], generator)
@@ -194,23 +209,30 @@ class ScenePairs:
         both = Facets(facets.frames.repeat(2, 1, 1, 1), facets.present.repeat(2, 1), facets.single)
         views = look(both, K, T)
         views = views._replace(inverse=views.inverse.float())
-        hits = cast(views, pixel_centres(size_hw, generator.device).flatten(0, 1))
+        points = pixel_centres(size_hw, generator.device).flatten(0, 1)
+        rays = view_rays(views, points)
+        hits = cast(views, rays)
         seen = hits.inverse_depth > 0
         depth = (seen / torch.where(seen, hits.inverse_depth, 1)).unflatten(1, size_hw)
-        gray = self._shade(views, hits, _Coats(*(x.repeat(2, *[1] * (x.ndim - 1)) for x in coats)))
+        gray = self._shade(
+            views, view_rays(views, points), hits, _Coats(*(x.repeat(2, *[1] * (x.ndim - 1)) for x in coats))
+        )
         images = torch.where(seen, gray, sky.repeat(2, 1)).view(2 * batch, 1, *size_hw)
         if self.config.photometric is not None:
             images = photometric_change(images, generator, self.config.photometric)
         T_0to1 = T[batch:] @ torch.linalg.inv(T[:batch])
-        return SceneBatch(*images.split(batch), *depth.split(batch), *K.float().split(batch), T_0to1.float())
+        image0, image1 = images.split(batch)
+        depth0, depth1 = depth.split(batch)
+        K0, K1 = K.float().split(batch)
+        return SceneBatch(image0, image1, depth0, depth1, K0, K1, T_0to1.float())
 
     def _draw_coats(self, facets: Facets, focal: Tensor, generator: torch.Generator) -> _Coats:
         """Textures at a random place; facets that can, show a part that lies wholly inside."""
         batch, count = facets.present.shape
-        u = torch.rand(4, batch, count, generator=generator, device=focal.device, dtype=torch.float64)
+        u = torch.rand(2, batch, count, generator=generator, device=focal.device, dtype=torch.float64)
         texture = torch.multinomial(self._weights, batch * count, replacement=True, generator=generator)
         texture = texture.view(batch, count)
-        sizes = self._table[texture * self._deepest, 1:3].double()
+        sizes = self._sides[3:, texture * self._deepest].movedim(0, -1).double()
         low, high = map(math.log, self.config.zoom)
         zoom = torch.exp(low + (high - low) * u[0])[..., None]
         half = torch.linalg.vector_norm(facets.frames[..., :2], dim=-2)
@@ -219,35 +241,53 @@ class ScenePairs:
         fitting = (sizes / (2 * frontal)).amin(-1, keepdim=True).clamp_min(self.config.zoom[0])
         reach = frontal * torch.minimum(zoom, fitting)
         margin = torch.where((2 * reach <= sizes).all(-1, keepdim=True), reach, 0)
-        centre = margin + (sizes - 2 * margin) * torch.stack([u[1], u[2]], -1)
-        return _Coats(texture, centre.float(), reach.float(), (1 - self.config.shading * u[3]).float())
+        places = torch.rand(
+            _PLACES, batch, count, 2, generator=generator, device=focal.device, dtype=torch.float64
+        )
+        centre = self._first_with_content(texture, margin + (sizes - 2 * margin) * places, reach, sizes)
+        return _Coats(texture, centre.float(), reach.float(), (1 - self.config.shading * u[1]).float())
 
-    def _shade(self, views: Views, hits: Hits, coats: _Coats) -> Tensor:
+    def _first_with_content(self, texture: Tensor, centres: Tensor, reach: Tensor, sizes: Tensor) -> Tensor:
+        """Of centres (K, B, P, 2), the first whose surroundings show detail, else the most detailed; (B, P, 2)."""
+        steps = torch.linspace(-0.75, 0.75, 4, device=reach.device, dtype=reach.dtype)
+        around = (
+            centres[..., None, :] + torch.cartesian_prod(steps, steps) * reach[..., None, :]
+        )  # (K, B, P, 16, 2)
+        side = self._activity.shape[-1]
+        cells = (around / sizes[..., None, :] * side).long().clamp(0, side - 1)
+        activity = self._activity[texture[..., None], cells[..., 1], cells[..., 0]].mean(-1)
+        chosen = torch.where(activity >= self.config.min_activity, torch.inf, activity).argmax(0)
+        return centres.gather(0, chosen[None, ..., None].expand(1, -1, -1, 2))[0]
+
+    def _shade(self, views: Views, rays: Tensor, hits: Hits, coats: _Coats) -> Tensor:
         """Gray values (N, M) of the hits, in [0, 1]."""
         rows = torch.arange(len(views.ids), device=views.ids.device)[:, None]
         texture, centre, reach, gain = (coat[rows, views.ids] for coat in coats)  # of the views' facets
-        focal = views.K[:, 0, 0]
+        layout = torch.diag_embed(F.pad(reach, (0, 1), value=1.0))
+        layout[..., :2, 2] = centre
+        to_texture = layout @ views.inverse  # ray to texture pixel times inverse depth
         # The Jacobian of a homography (a, b, 1) w = G (x, y, 1) has the determinant det G / w^3.
-        area = torch.linalg.det(views.inverse.double()).abs() * reach.prod(-1) / focal[:, None].square()
+        area = torch.linalg.det(to_texture.double()).abs() / views.K[:, :1, 0].square()
         level_at_unit_depth = 0.5 * torch.log2(area.clamp_min(1e-30)).float()
-        per_facet = [level_at_unit_depth, *centre.unbind(-1), *reach.unbind(-1), gain]
-        offset, x0, y0, along, down, light = (values.gather(1, hits.index) for values in per_facet)
         depth = 1 / hits.inverse_depth.clamp_min(1e-6)
-        level = (offset + 1.5 * torch.log2(depth)).round_().clamp_(0, self._deepest - 1).long()
-        x = x0 + along * hits.scaled[:, 0] * depth
-        y = y0 + down * hits.scaled[:, 1] * depth
-        return self._sample(texture.gather(1, hits.index) * self._deepest, level, x, y) * light
+        level = level_at_unit_depth.gather(1, hits.facet) + 1.5 * torch.log2(depth)
+        level = level.round_().clamp_(0, self._deepest - 1).long()
+        x, y = (scaled_coordinates(to_texture, rays, hits.facet) * depth[:, None]).unbind(1)
+        light = gain.gather(1, hits.facet)
+        row = texture.gather(1, hits.facet) * self._deepest + level
+        return self._sample(row.flatten(), x.flatten(), y.flatten()).view_as(x) * light
 
-    def _sample(self, first: Tensor, level: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Bilinear gray in [0, 1] at (N, M) coordinates of full textures, mirrored; ``first`` is a table row."""
-        start, width, height, reduction = self._table[first + level].unbind(-1)
-        full = self._table[first]
-        (left, right, across), (top, bottom, down) = (
-            _neighbours(position, side, limit, reduction)
-            for position, side, limit in ((x, full[..., 1], width), (y, full[..., 2], height))
+    def _sample(self, row: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Bilinear gray in [0, 1] of table rows (M,) at coordinates (M,) of the full textures, mirrored."""
+        width, height, reduction, full_width, full_height = (
+            side.index_select(0, row) for side in self._sides
         )
-        top, bottom = start + top * width, start + bottom * width
-        corners = [self._texels[at].float() for at in (top + left, top + right, bottom + left, bottom + right)]
+        left, right, across = _neighbours(x, full_width, width, reduction)
+        top, bottom, down = _neighbours(y, full_height, height, reduction)
+        start, width = self._starts.index_select(0, row), width.long()
+        top, bottom = top.mul_(width).add_(start), bottom.mul_(width).add_(start)
+        places = (top + left, top + right, bottom + left, bottom + right)
+        corners = [self._texels.index_select(0, place).float() for place in places]
         upper = torch.lerp(corners[0], corners[1], across)
         return torch.lerp(upper, torch.lerp(corners[2], corners[3], across), down).div_(255)
 
@@ -255,17 +295,22 @@ class ScenePairs:
 def pixel_centres(size_hw: tuple[int, int], device: torch.device) -> Tensor:
     """(H, W, 2) float32 (x, y) = (column + 0.5, row + 0.5)."""
     height, width = size_hw
-    y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+    y, x = torch.meshgrid(
+        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+    )
     return torch.stack([x, y], dim=-1) + 0.5
 
 
-def _neighbours(position: Tensor, full: Tensor, side: Tensor, reduction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _neighbours(
+    position: Tensor, full: Tensor, side: Tensor, reduction: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels of a reduced level on both sides of a coordinate of the full texture, and the weight of the second."""
     folded = position.remainder(2 * full)
-    last = (side - 1).float()
-    inner = torch.minimum(torch.minimum(folded, 2 * full - folded) / reduction - 0.5, last).clamp_min_(0)
-    first = inner.floor()
-    return first.long(), torch.minimum(first + 1, last).long(), inner - first
+    inner = torch.minimum(folded, 2 * full - folded).div_(reduction).sub_(0.5)
+    inner = torch.minimum(inner, side - 1).clamp_min_(0)
+    first = inner.long()
+    second = torch.minimum(inner + 1, side - 1).long()
+    return first, second, inner.frac_()
 
 
 def _draw_cameras(
@@ -277,7 +322,9 @@ def _draw_cameras(
     """
     batch = len(facets.frames)
     base = torch.rand(1, batch, 8, generator=generator, device=generator.device, dtype=torch.float64)
-    draws = torch.rand(config.tries, batch, 8, generator=generator, device=generator.device, dtype=torch.float64)
+    draws = torch.rand(
+        config.tries, batch, 8, generator=generator, device=generator.device, dtype=torch.float64
+    )
     motion = draws * 2 - 1
     motion = torch.cat([motion, torch.stack([motion[-1] * factor for factor in _SHRINKS])])
     count = len(motion)
@@ -298,10 +345,10 @@ def _draw_cameras(
 def _camera(
     base: Tensor, motion: Tensor, size_hw: tuple[int, int], config: SceneConfig
 ) -> tuple[Tensor, Tensor]:
-    """Intrinsics and pose (N, ...) of cameras from draws (N, 8): those of the pair in [0, 1], its own in [-0.5, 0.5]."""
+    """Intrinsics and pose (N, ...) of cameras from draws (N, 8): the pair's in [0, 1], its own in [-0.5, 0.5]."""
     height, width = size_hw
     yaw = math.radians(config.yaw) * motion[:, 0] + 0.5 * (base[:, 0] - 0.5)
-    pitch = math.radians(config.pitch) * motion[:, 1] - 0.3 * base[:, 1]  # from a little above
+    pitch = math.radians(config.pitch) * motion[:, 1] + 0.3 * base[:, 1]  # from a little above
     roll = math.radians(config.roll) * motion[:, 2] + 0.2 * (base[:, 2] - 0.5)
     distance = DISTANCE * torch.exp(math.log(config.distance_ratio) * motion[:, 3])
     target = DISTANCE * config.shift * motion[:, 4:7] + 0.4 * (base[:, 3:6] - 0.5)

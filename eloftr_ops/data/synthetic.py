@@ -104,7 +104,7 @@ class HomographyPairs:
         weights: Sequence[float] | None = None,
     ) -> None:
         self.config = config or SyntheticConfig()
-        self._pyramids = [_pyramid(texture) for texture in textures]
+        self._pyramids = [texture_pyramid(texture) for texture in textures]
         if not self._pyramids:
             raise ValueError("textures must hold at least one image, got none")
         weights = [1.0] * len(self._pyramids) if weights is None else weights
@@ -114,7 +114,7 @@ class HomographyPairs:
         sizes = [(levels[0].shape[1], levels[0].shape[0]) for levels in self._pyramids]
         self._weights = torch.tensor(weights, dtype=torch.float64, device=device)
         self._sizes_wh = torch.tensor(sizes, dtype=torch.float64, device=device)
-        self._activity = torch.stack([_activity(levels[0]) for levels in self._pyramids])
+        self._activity = torch.stack([texture_activity(levels[0]) for levels in self._pyramids])
 
     def __call__(self, batch: int, size_hw: tuple[int, int], generator: torch.Generator) -> HomographyBatch:
         """The same as `sample`."""
@@ -223,7 +223,8 @@ class HomographyPairs:
         return images.mul_(valid).mul_(1 / 255), valid
 
 
-def _pyramid(texture: torch.Tensor) -> list[torch.Tensor]:
+def texture_pyramid(texture: torch.Tensor) -> list[torch.Tensor]:
+    """Levels of an (H, W) uint8 texture, each half the one before by area averaging."""
     if texture.ndim != 2 or min(texture.shape) < 2:
         raise ValueError(f"each texture must have shape (H, W) of at least 2 x 2, got {tuple(texture.shape)}")
     if texture.dtype != torch.uint8:
@@ -235,7 +236,7 @@ def _pyramid(texture: torch.Tensor) -> list[torch.Tensor]:
     return levels
 
 
-def _activity(texture: torch.Tensor) -> torch.Tensor:
+def texture_activity(texture: torch.Tensor) -> torch.Tensor:
     """Mean gradient, in gray levels per pixel and clipped at strong edges, in 16 x 16 cells of a texture."""
     gray = texture.float()
     along_x = F.pad(gray.diff(dim=1).abs(), (0, 1))

@@ -16,7 +16,6 @@ from eloftr_ops.matcher import EfficientLoFTR
 from eloftr_ops.training.supervised import TrainingConfig, train
 from eloftr_ops.weights import write_embedded
 
-
 T = TypeVar("T")
 
 
