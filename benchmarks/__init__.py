@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements; ``python -m benchmarks.cpu`` and its neighbours print what the docs quote."""
+"""Measurements: ``python -m benchmarks.run`` takes them, ``python -m benchmarks.report`` writes what the docs show."""

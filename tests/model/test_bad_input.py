@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import random_images, tiny_model
 
 from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig
+from support.models import random_images, tiny_model
 
 IMAGE = random_images(1, 64, 64)
 MODEL = tiny_model()

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import random_images, tiny_model
 
 from eloftr_ops import EfficientLoFTR
+from support.models import random_images, tiny_model
 
 OUTPUTS = {"keypoints0", "keypoints1", "confidence", "batch_indexes"}
 

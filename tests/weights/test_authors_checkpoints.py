@@ -4,10 +4,10 @@
 import pytest
 import safetensors.torch
 import torch
-from support.weights import same_weights, tiny_config, tiny_model
 
 from eloftr_ops.weights import load_pretrained
 from eloftr_ops.weights.names import to_layout
+from support.weights import same_weights, tiny_config, tiny_model
 
 # Eight heads, as in the released models: what a checkpoint alone is taken to have.
 CONFIG = tiny_config(num_heads=8, num_layers=2, stage_blocks=(1, 2, 1, 3), subpixel_channels=7)

@@ -10,11 +10,11 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.weights import tiny_config, tiny_model
 
 from eloftr_ops.weights import WeightsNotFoundError, load_pretrained, save_pretrained, write_embedded
 from eloftr_ops.weights.files import JSON_LIMIT
 from eloftr_ops.weights.names import to_layout
+from support.weights import tiny_config, tiny_model
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
-from support.weights import randomise, same_weights, tiny_model
 
 from eloftr_ops import EfficientLoFTR
 from eloftr_ops.weights import WeightsNotFoundError, load_pretrained
+from support.weights import randomise, same_weights, tiny_model
 
 NAME = "zju-community/efficientloftr"
 COMMITS = ("a" * 40, "b" * 40)

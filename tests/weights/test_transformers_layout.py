@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from support.weights import image_pair, randomise, same_weights, tiny_config, tiny_model
 from transformers import EfficientLoFTRConfig as TheirConfig
 from transformers import EfficientLoFTRForKeypointMatching as TheirModel
 
 from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig
 from eloftr_ops.weights import load_pretrained
+from support.weights import image_pair, randomise, same_weights, tiny_config, tiny_model
 
 # transformers does not round its rotary tables to float16.
 EXACT_ROTARY = {"round_rotary": False}

@@ -3,12 +3,12 @@
 
 import pytest
 import torch
-from support.golden import reference
 from transformers import EfficientLoFTRConfig as TheirConfig
 from transformers import EfficientLoFTRForKeypointMatching as TheirModel
 
 from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig
 from eloftr_ops.weights.names import from_layout, to_layout
+from support.golden import reference
 
 
 def names(*, fused: bool = False) -> list[str]:

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from support.weights import randomise, same_weights, tiny_config, tiny_model
 
 from eloftr_ops import EfficientLoFTR
 from eloftr_ops.weights import embedded_names, load_pretrained, loading, write_embedded
 from eloftr_ops.weights.saving import EMBEDDED_LIMIT
+from support.weights import randomise, same_weights, tiny_config, tiny_model
 
 CHANGED = {"threshold": 0.4, "centred_subpixel": True, "gradient_mode": "soft", "position_scale": (0.7, 0.8)}
 

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Take measurements: ``python -m benchmarks.run kernels|matcher|cpu ...``; several suites may be named.
+
+Every contender is held to a reference before it is timed; one that disagrees is not timed, its row says what
+disagreed, and the exit status is 1. Rounds are interleaved. A run ends when its minutes are spent: rows that were not
+reached say so. ``kernels`` needs torch, triton and this repository alone; without an installation, run it with
+``PYTHONPATH=kernels``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import engine, record, workloads
+from benchmarks.cases import MATCHERS, KernelCase, PairCase
+from benchmarks.engine import Task
+from benchmarks.matchers import Context
+from benchmarks.measure import DTYPES, Run, machine_limits
+from benchmarks.report import case_table, row_time
+
+MINUTES = {"cuda": 9.0, "cpu": 14.5}  # per command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suites; 1 if anything was refused or failed."""
+    options = _parse(arguments)
+    device = torch.device(options.device)
+    dtype = options.dtype or ("fp32" if device.type == "cpu" else "fp16")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    deadline = time.monotonic() + 60 * (options.minutes or MINUTES[device.type])
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with tempfile.TemporaryDirectory() as scratch:
+        context = Context(device, dtype, Path(options.folder or scratch), options.quick)
+        if options.peak_of:
+            return _print_peak(options.suites[0], options.peak_of, context)
+        bad = 0
+        for suite in options.suites:
+            made = _run_suite(suite, context, deadline, options)
+            bad += sum(
+                row["status"] in ("refused", "failed") for case in made["cases"] for row in case["rows"]
+            )
+    return int(bad > 0)
+
+
+def _run_suite(suite: str, context: Context, deadline: float, options: argparse.Namespace) -> dict[str, Any]:
+    start = time.monotonic()
+    made = _empty_record(suite, context)
+    print(f"# {suite} on {made['device']['name']}, {made['dtype']}, {made['environment']['threads']} threads")
+    if suite != "cpu":
+        made["limits"] |= machine_limits(context.device, DTYPES[context.dtype], quick=context.quick)
+    for task in engine.suite_tasks(suite, context):
+        if options.only and options.only not in task.key:
+            continue
+        case, runs = engine.run_task(task, suite, context, deadline)
+        _keep_floor(case, made["limits"])
+        engine.limit_fractions(case, made["limits"], made["dtype"])
+        made["cases"].append(case)
+        made["seconds"] = time.monotonic() - start
+        print("\n".join(["", *case_table(case)]), flush=True)
+        if options.profile:
+            _print_profile(task, runs, context)
+        if options.json:  # after every case: what is measured stays measured if the run is cut off
+            path = record.write(made, options.output)
+    record.check_record(made)
+    if options.json and made["cases"]:
+        print(f"\nwritten {path}")
+    return made
+
+
+def _empty_record(suite: str, context: Context) -> dict[str, Any]:
+    return {
+        "schema": record.SCHEMA,
+        "suite": suite,
+        "device": {"kind": context.device.type, "name": record.device_name(context.device)},
+        "dtype": "mixed" if suite == "cpu" else context.dtype,
+        "quick": context.quick,
+        "environment": record.environment(),
+        "limits": dict.fromkeys(record.RECORD["limits"]),
+        "seconds": 0.0,
+        "cases": [],
+    }
+
+
+def _keep_floor(case: dict[str, Any], limits: dict[str, float | None]) -> None:
+    """The convolution rates of the first case that measured them are the run's."""
+    for row in case["rows"]:
+        if row["name"].startswith(workloads.FLOOR) and row["median_s"]:
+            key = f"convolution_{row['name'].split()[-1]}_op_per_s"
+            limits[key] = limits[key] or row["operations"] / row["median_s"]
+
+
+def _print_profile(task: Task, runs: dict[str, Run], context: Context) -> None:
+    """Seconds by stage for our matchers, otherwise the operators that take longest."""
+    for name, run in runs.items():
+        spec = MATCHERS.get(name)
+        if spec is not None and isinstance(task.case, PairCase) and task.group == "pair":
+            if spec.owner == "eloftr_ops" and spec.mode == "eager":
+                stages = workloads.stage_seconds(task.case, name, context)
+                print(f"\n{name}, by stage: " + ", ".join(f"{k} {row_time(v)}" for k, v in stages.items()))
+        elif isinstance(task.case, KernelCase) or task.group == "training":
+            with torch.profiler.profile() as profile:
+                run()
+            kind = "self_cuda_time_total" if context.device.type == "cuda" else "self_cpu_time_total"
+            print(f"\n{task.key}: {name}\n{profile.key_averages().table(sort_by=kind, row_limit=10)}")
+
+
+def _print_peak(suite: str, peak_of: list[str], context: Context) -> int:
+    key, name = peak_of
+    task = next(t for t in engine.suite_tasks(suite, context) if t.key == key)
+    peak = engine.peak_of_one_run(task, name)
+    print("none" if peak is None else peak)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suites", nargs="+", choices=record.SUITES, metavar="|".join(record.SUITES))
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: fp16 on a GPU, fp32 on a CPU")
+    parser.add_argument(
+        "--json", action="store_true", help="write benchmarks/results/<suite>--<device>--<dtype>.json"
+    )
+    parser.add_argument("--output", type=Path, default=record.RESULTS, help="folder for --json")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: measures nothing")
+    parser.add_argument("--profile", action="store_true", help="print where each contender's time goes")
+    parser.add_argument("--only", help="cases whose name contains this")
+    parser.add_argument("--minutes", type=float, help=f"stop measuring after so long; default {MINUTES}")
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
+    parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if "cpu" in options.suites and options.device != "cpu":
+        parser.error("the suite cpu runs on the CPU: add --device cpu")
+    return options
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

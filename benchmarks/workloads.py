@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suites ``matcher`` and ``cpu``: what the matchers are asked to do, by the kind of a :class:`PairCase`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import matchers
+from benchmarks.cases import MATCHERS, PairCase
+from benchmarks.matchers import Context, Matcher
+from benchmarks.measure import DTYPES, Contender, Elapsed, Run, convolution, count_operations
+
+STAGES = ("backbone", "transformer", "coarse matching", "pyramid", "selection and windows")
+FLOOR = "3x3 convolution"  # of the shape of most of the work: what the machine can do at most
+_LARGEST_COUNTED = 480 * 640
+_counted: dict[tuple[str, str, tuple[int, int]], float] = {}
+_IMPORT = "import time, torch, kornia; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+
+
+def contenders(case: PairCase, context: Context) -> list[Contender]:
+    """Everybody who does ``case``, the baseline first."""
+    return _KINDS[case.kind](case, context)
+
+
+def counted_operations(case: PairCase, name: str, context: Context) -> float | None:
+    """Operations of one pair, by running it once under torch's counter; None where that would take long."""
+    if case.kind != "pair" or math.prod(case.size) > _LARGEST_COUNTED:
+        return None
+    spec = MATCHERS[name]
+    key = (spec.owner, spec.preset, case.size)
+    if key not in _counted:
+        eager = next(n for n, s in MATCHERS.items() if (s.owner, s.preset, s.mode) == (*key[:2], "eager"))
+        matcher = matchers.load(eager, context._replace(dtype="fp32"))
+        pair = [x.to(matcher.dtype) for x in matchers.images(case.size, 1, context.device)]
+        _counted[key] = count_operations(lambda: matcher.match(*pair))
+    return _counted[key]
+
+
+def stage_seconds(case: PairCase, name: str, context: Context) -> dict[str, float]:
+    """Seconds by stage of one pair, after one untimed run."""
+    matcher = matchers.load(name, context)
+    pair = [x.to(matcher.dtype) for x in matchers.images(case.size, 1, context.device)]
+    with torch.inference_mode():
+        matcher.match(*pair)
+        with matchers.timed_stages(matcher.model, context.device) as seconds:
+            matcher.match(*pair)
+    return {stage: seconds[stage] for stage in STAGES}
+
+
+def _pair(case: PairCase, context: Context) -> list[Contender]:
+    def build(name: str, gated: bool) -> Run:
+        matcher = matchers.load(name, context)
+        shared = matchers.gate(name, matcher, case.size, context) if gated else None
+        pair = [x.to(matcher.dtype) for x in matchers.images(case.size, case.batch, context.device)]
+        return _counting(lambda: matcher.match(*pair), shared)
+
+    made = [_contender(name, build, case.batch) for name in case.contenders]
+    if context.device.type == "cpu" and case.batch == 1:
+        made += [_floor(name, context) for name in ("fp32", "bf16")]
+    return made
+
+
+def _floor(dtype: str, context: Context) -> Contender:
+    run, operations = convolution(DTYPES[dtype], quick=context.quick)
+    return Contender(f"{FLOOR} {dtype}", lambda gated: torch.no_grad()(run), operations, has_peak=False)
+
+
+def _many(case: PairCase, context: Context) -> list[Contender]:
+    """Four images, all six pairs: every image's features once, or pair by pair."""
+    pairs = list(itertools.combinations(range(4), 2))
+
+    def photographs(matcher: Matcher) -> list[Tensor]:
+        first, second = matchers.images(case.size, 1, context.device)
+        return [x.to(matcher.dtype) for x in (first, second, first.flip(-1), second.flip(-1))]
+
+    def calls(matcher: Matcher) -> Run:
+        given = photographs(matcher)
+        return lambda: [matcher.match(given[i], given[j]) for i, j in pairs]
+
+    def features(matcher: Matcher) -> Run:
+        given = photographs(matcher)
+
+        def run() -> list[dict[str, Tensor]]:
+            known = [matcher.model.extract_features(x) for x in given]
+            return [matcher.model({"features0": known[i], "features1": known[j]}) for i, j in pairs]
+
+        return run
+
+    return _two_ways(case, context, ("six calls", calls), ("features kept", features), len(pairs))
+
+
+def _batch(case: PairCase, context: Context) -> list[Contender]:
+    """The same pairs in one batch, or one by one."""
+
+    def together(matcher: Matcher) -> Run:
+        pair = [x.to(matcher.dtype) for x in matchers.images(case.size, case.batch, context.device)]
+        return lambda: [matcher.match(*pair)]
+
+    def singles(matcher: Matcher) -> Run:
+        pair = [x.to(matcher.dtype) for x in matchers.images(case.size, 1, context.device)]
+        return lambda: [matcher.match(*pair) for _ in range(case.batch)]
+
+    return _two_ways(case, context, ("one by one", singles), ("one batch", together), case.batch)
+
+
+def _two_ways(
+    case: PairCase,
+    context: Context,
+    first: tuple[str, Callable[[Matcher], Run]],
+    second: tuple[str, Callable[[Matcher], Run]],
+    pairs: int,
+) -> list[Contender]:
+    """Two ways of the same work; the second is held to the matches that the first gives."""
+    name = case.contenders[0]
+
+    def build(way: str, gated: bool) -> Run:
+        matcher = matchers.load(name, context)
+        run = dict((first, second))[way](matcher)
+        if gated and way == second[0]:
+            with torch.inference_mode():
+                expected, got = _joined(first[1](matcher)(), pairs), _joined(run(), pairs)
+            matchers.hold_agreement(matchers.agreement(got, expected))
+        return _counting(lambda: _joined(run(), pairs), None)
+
+    made = (_contender(way, build, pairs, f"{name}, {way}") for way, _ in (first, second))
+    return [contender._replace(has_peak=False) for contender in made]
+
+
+def _curve(case: PairCase, context: Context) -> list[Contender]:
+    """The whole, then its stages: the first row runs the model, the others report what it took within."""
+    name, latest = case.contenders[0], dict[str, float]()
+
+    def build(name: str, gated: bool) -> Run:
+        matcher = matchers.load(name, context)
+        if gated:
+            matchers.gate(name, matcher, case.size, context)
+        pair = [x.to(matcher.dtype) for x in matchers.images(case.size, 1, context.device)]
+
+        def run() -> int:
+            with torch.inference_mode(), matchers.timed_stages(matcher.model, context.device) as seconds:
+                found = matcher.match(*pair)
+            latest.clear()
+            latest.update(seconds)
+            return len(found["confidence"])
+
+        return run
+
+    def report(stage: str) -> Contender:
+        return Contender(
+            f"{name}: {stage}", lambda gated: lambda: Elapsed(latest.get(stage, 0.0)), has_peak=False
+        )
+
+    return [_contender(name, build)._replace(has_peak=False), *(report(stage) for stage in STAGES)]
+
+
+def _training(case: PairCase, context: Context) -> list[Contender]:
+    """Forward, losses and backward of one batch; rendering and the optimiser are not counted."""
+
+    def build(name: str, gated: bool) -> Run:
+        from eloftr_ops.data.synthetic import HomographyBatch
+        from eloftr_ops.training.supervised import TrainingConfig, batch_losses
+
+        model = matchers.load("eloftr_ops small fp32", context).model
+        model = type(model)(model.config).to(context.device).train()  # three branches, as in training
+        image0, image1 = matchers.images(case.size, case.batch, context.device)
+        valid = torch.ones_like(image0, dtype=torch.bool)
+        identity = torch.eye(3, device=context.device).repeat(case.batch, 1, 1)
+        batch, config = HomographyBatch(image0, image1, identity, valid, valid), TrainingConfig()
+
+        def run() -> None:
+            with torch.autocast(context.device.type, torch.bfloat16, enabled=name.endswith("bf16")):
+                losses = batch_losses(
+                    model, batch, config, torch.Generator().manual_seed(0), fine=True
+                ).losses
+            model.zero_grad(set_to_none=True)
+            sum(losses, start=losses[0].new_zeros(())).backward()
+
+        return run
+
+    return [_contender(f"eloftr_ops small {dtype}", build, case.batch) for dtype in ("fp32", "bf16")]
+
+
+def _import(case: PairCase, context: Context) -> list[Contender]:
+    def build(name: str, gated: bool) -> Run:
+        def run() -> Elapsed:
+            command = [sys.executable, "-c", _IMPORT.format(name)]
+            return Elapsed(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+        return run
+
+    return [_contender("import eloftr_ops", build)._replace(has_peak=False)]
+
+
+def _command(case: PairCase, context: Context) -> list[Contender]:
+    """The bundled pair by the command line, beside the bare imports that any user of torch and kornia pays."""
+
+    def build(name: str, gated: bool) -> Run:
+        demo = "from eloftr_ops.cli import app; app()"
+
+        def run() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                code = [name] if name.startswith("import") else [demo, "demo", "--output-dir", folder]
+                subprocess.run([sys.executable, "-c", *code], check=True, capture_output=True)
+
+        return run
+
+    names = ("import torch, kornia", "eloftr-ops demo")
+    return [_contender(name, build)._replace(has_peak=False) for name in names]
+
+
+def _contender(
+    key: str, build: Callable[[str, bool], Run], pairs: int = 1, name: str | None = None
+) -> Contender:
+    return Contender(name or key, lambda gated: build(key, gated), pairs=pairs)
+
+
+def _counting(match: Callable[[], dict[str, Tensor]], shared: float | None) -> Run:
+    """A run without gradients that returns how many matches there were, and how many the gate had found shared."""
+
+    def run() -> dict[str, Any]:
+        with torch.inference_mode():
+            return {"matches": len(match()["confidence"]), "agreement": shared}
+
+    return run
+
+
+def _joined(parts: list[dict[str, Tensor]], pairs: int) -> dict[str, Tensor]:
+    """Matches of several calls, each of as many pairs, as those of one batch."""
+    owners = [p["batch_indexes"] + i * (pairs // len(parts)) for i, p in enumerate(parts)]
+    joined = {key: torch.cat([p[key] for p in parts]) for key in ("keypoints0", "keypoints1", "confidence")}
+    return {**joined, "batch_indexes": torch.cat(owners)}
+
+
+_KINDS: dict[str, Callable[[PairCase, Context], list[Contender]]] = {
+    "pair": _pair,
+    "many": _many,
+    "batch": _batch,
+    "curve": _curve,
+    "training": _training,
+    "import": _import,
+    "command": _command,
+}
