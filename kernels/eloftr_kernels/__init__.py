@@ -3,9 +3,9 @@
 
 from eloftr_kernels.aggregated_attention.op import aggregated_attention
 from eloftr_kernels.dispatch import backend
-from eloftr_kernels.dual_softmax.reference import dual_softmax_lse, mutual_best, pair_scores
+from eloftr_kernels.dual_softmax.op import dual_softmax_lse, mutual_best, pair_scores
 from eloftr_kernels.upsample_mlp.op import upsample_mlp
-from eloftr_kernels.window_match.reference import WindowMatches, window_match
+from eloftr_kernels.window_match import WindowMatches, window_match
 
 __all__ = [
     "WindowMatches",

@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""See ``reference.py`` for the formula."""
+"""Streaming dual softmax: ``op.py`` holds the public functions, ``reference.py`` the formulas."""
+
+from eloftr_kernels.dual_softmax.op import dual_softmax_lse, mutual_best, pair_scores, why_not
+
+__all__ = ["dual_softmax_lse", "mutual_best", "pair_scores", "why_not"]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""See ``reference.py`` for the formula."""
+"""Window matches: ``op.py`` holds the public function, ``reference.py`` the formulas."""
 
+from eloftr_kernels.window_match.op import why_not, window_match
 from eloftr_kernels.window_match.reference import (
     WindowMatches,
     pixel_log_joint,
     pixel_offsets,
     subpixel_expectation,
-    window_match,
     windows,
 )
 
@@ -15,6 +15,7 @@ __all__ = [
     "pixel_log_joint",
     "pixel_offsets",
     "subpixel_expectation",
+    "why_not",
     "window_match",
     "windows",
 ]

@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+CHUNK = 1024  # matches whose windows and scores are held at once: 0.2 GB in float32 at 64 channels
 WINDOW = 8  # pixels per side of a coarse cell
 RING = 1  # pixels around the window of image 1, so that every 3x3 neighbourhood is complete
 _PATCH = WINDOW // 2 + 2  # half-resolution positions per side that a window is interpolated from
+
+T = TypeVar("T")
 
 
 class WindowMatches(NamedTuple):
@@ -35,26 +41,66 @@ def window_match(
     centred_subpixel: bool = False,
     soft_temperature: float | None = None,
 ) -> WindowMatches:
-    r"""Pixel pair by dual softmax and arg-max, then sub-pixel offset by soft-argmax (EfficientLoFTR, section 3.4).
+    r"""Pixel pair by dual softmax and arg-max, then sub-pixel offset by soft-argmax (EfficientLoFTR, 3.4).
 
-    With windows :math:`a` (8x8 of image 0) and :math:`b` (10x10 of image 1) of the maps upsampled bilinearly by two,
-    split into the first :math:`D-d` and the last :math:`d` = ``subpixel_channels`` channels,
+    With windows :math:`a` (8x8 of image 0) and :math:`b` (10x10 of image 1) of the maps upsampled bilinearly
+    by two, split into the first :math:`D-d` and the last :math:`d` = ``subpixel_channels`` channels,
 
     .. math::
-        p_{lr} &= \mathrm{softmax}_l(\langle a_l, b_r\rangle / D)\;\mathrm{softmax}_r(\langle a_l, b_r\rangle / D), \\
+        p_{lr} &= \mathrm{softmax}_l(s_{lr})\;\mathrm{softmax}_r(s_{lr}), \quad
+        s_{lr} = \langle a_l, b_r\rangle / D, \\
         (l^*, r^*) &= \arg\max_{r\,\text{inside}} p_{lr}, \qquad
         \delta = \sum_{\Delta\in\{-1,0,1\}^2} \Delta\;
         \mathrm{softmax}_\Delta\bigl(\langle a'_{l^*}, b'_{r^*+\Delta}\rangle / (\sqrt d\,\tau)\bigr).
 
-    With ``soft_temperature`` :math:`T` the expectations of both pixels under :math:`p^{1/T}`, normalised over the
-    64x64 pairs, are returned too. ``centred_subpixel``: see :func:`subpixel_expectation`. Gradient reaches both maps
-    through :math:`\delta` and the expectations.
+    With ``soft_temperature`` :math:`T` the expectations of both pixels under :math:`p^{1/T}`, normalised over
+    the 64x64 pairs, are returned too. ``centred_subpixel``: see :func:`subpixel_expectation`. Gradient
+    reaches both maps through :math:`\delta` and the expectations. Matches are worked off in chunks, each
+    recomputed in the backward, so that memory stays bounded.
     """
+    # Channels last once, so that no chunk copies the map to gather from it.
+    map0, map1 = (m.contiguous(memory_format=torch.channels_last) for m in (map0, map1))
+    match = partial(
+        _match,
+        subpixel_channels=subpixel_channels,
+        subpixel_temperature=subpixel_temperature,
+        centred_subpixel=centred_subpixel,
+        soft_temperature=soft_temperature,
+    )
+    if len(batch) <= CHUNK:
+        return match(map0, map1, batch, cells0, cells1)
+    parts = [
+        _recomputed(match, map0, map1, *(index[start : start + CHUNK] for index in (batch, cells0, cells1)))
+        for start in range(0, len(batch), CHUNK)
+    ]
+    soft = soft_temperature is not None
+    return WindowMatches(
+        torch.cat([p.pixel0 for p in parts]),
+        torch.cat([p.pixel1 for p in parts]),
+        torch.cat([p.subpixel1 for p in parts]),
+        torch.cat([p.expected0 for p in parts if p.expected0 is not None]) if soft else None,
+        torch.cat([p.expected1 for p in parts if p.expected1 is not None]) if soft else None,
+    )
+
+
+def _match(
+    map0: Tensor,
+    map1: Tensor,
+    batch: Tensor,
+    cells0: Tensor,
+    cells1: Tensor,
+    subpixel_channels: int,
+    subpixel_temperature: float,
+    centred_subpixel: bool,
+    soft_temperature: float | None,
+) -> WindowMatches:
+    """One chunk of matches."""
     channels = map0.shape[1]
     windows0 = windows(map0, batch, cells0, ring=0)
     windows1 = windows(map1, batch, cells1, ring=RING)
-    coarse0, sub0 = windows0.split([channels - subpixel_channels, subpixel_channels], -1)
-    coarse1, sub1 = windows1.split([channels - subpixel_channels, subpixel_channels], -1)
+    sizes = [channels - subpixel_channels, subpixel_channels]
+    coarse0, sub0 = torch.split(windows0, sizes, -1)
+    coarse1, sub1 = torch.split(windows1, sizes, -1)
     log_joint = pixel_log_joint(coarse0, coarse1, channels)
     best = log_joint.detach().flatten(1).argmax(1)
     index0, index1 = best // WINDOW**2, best % WINDOW**2
@@ -62,8 +108,10 @@ def window_match(
     grid = pixel_offsets(log_joint)
     expected0 = expected1 = None
     if soft_temperature is not None:
-        joint = F.softmax(log_joint.flatten(1) / soft_temperature, 1).unflatten(1, (WINDOW**2, WINDOW**2))
-        expected0, expected1 = joint.sum(2) @ grid, joint.sum(1) @ grid
+        with torch.autocast(log_joint.device.type, enabled=False):
+            joint = F.softmax(log_joint.flatten(1) / soft_temperature, 1)
+            joint = joint.view(len(joint), WINDOW**2, WINDOW**2)
+            expected0, expected1 = joint.sum(2) @ grid, joint.sum(1) @ grid
     return WindowMatches(grid[index0], grid[index1], subpixel1, expected0, expected1)
 
 
@@ -92,8 +140,8 @@ def windows(fine_map: Tensor, batch: Tensor, cells: Tensor, ring: int) -> Tensor
     w = interpolation @ w.reshape(-1, _PATCH, channels)  # along columns: (M * side, side, D)
     w = w.reshape(-1, side, side, channels)
     if ring:
-        inside_rows, inside_columns = _inside(rows, height, side, ring), _inside(columns, width, side, ring)
-        w = w * (inside_rows[:, :, None] * inside_columns[:, None])[..., None]
+        inside_y, inside_x = _inside(rows, height, side, ring), _inside(columns, width, side, ring)
+        w = w * (inside_y[:, :, None] * inside_x[:, None])[..., None]
     return w.flatten(1, 2)
 
 
@@ -107,11 +155,12 @@ def pixel_log_joint(coarse0: Tensor, coarse1: Tensor, channels: int) -> Tensor:
     """
     with torch.autocast(coarse0.device.type, enabled=False):
         scores = _accumulation_dtype(coarse0) @ (_accumulation_dtype(coarse1) / channels).mT
-        side = WINDOW + 2 * RING
-        inner = scores.reshape(-1, WINDOW**2, side, side)[..., RING:-RING, RING:-RING].flatten(2)
+        grid = scores.view(*scores.shape[:2], WINDOW + 2 * RING, WINDOW + 2 * RING)
+        inner = grid[..., RING:-RING, RING:-RING].flatten(2)
         over0 = torch.logsumexp(inner, 1, keepdim=True)
         over1 = torch.logsumexp(scores, 2, keepdim=True)
-        return 2 * inner - over0 - over1
+        log_joint: Tensor = 2 * inner - over0 - over1
+        return log_joint
 
 
 def subpixel_expectation(
@@ -121,12 +170,12 @@ def subpixel_expectation(
     index1: Tensor,  # (N,) pixel of the 8x8 window of image 1
     temperature: float,
     centred: bool,
-    match: Tensor
-    | None = None,  # (N,) which of the M windows each of N pixel pairs lies in; default: one pair each
+    match: Tensor | None = None,  # (N,) which of the M windows each pair lies in; default: one pair each
 ) -> Tensor:
-    """Expected (x, y) offset, -1 .. 1, over a 3x3 neighbourhood in image 1 for the feature at ``index0``: (N, 2).
+    """Expected (x, y) offset, -1 .. 1, over a 3x3 neighbourhood in image 1 for ``index0``: (N, 2).
 
-    ``centred`` puts the neighbourhood around ``index1``. The released weights were trained with one that ignores the
+    ``centred`` puts the neighbourhood around ``index1``. The released weights were trained with one that
+    ignores the
     ring: it lies a pixel up and left, and its index -1 is the last row or column of the 10x10 window.
     """
     delta = torch.arange(-1, 2, device=sub0.device)
@@ -152,7 +201,7 @@ def pixel_offsets(like: Tensor) -> Tensor:
 
 
 def _upsampling_matrix(ring: int, like: Tensor) -> Tensor:
-    """(8 + 2 ring, 6): bilinear weights of each window pixel on the half-resolution taps -1 .. 4 of its cell."""
+    """(8 + 2 ring, 6): bilinear weights of window pixels on the half-resolution taps -1 .. 4 of a cell."""
     side = WINDOW + 2 * ring
     position = (torch.arange(side, device=like.device, dtype=torch.float32) - ring) / 2 - 0.25 + 1
     taps = torch.arange(_PATCH, device=like.device, dtype=torch.float32)
@@ -163,6 +212,13 @@ def _inside(start: Tensor, size: int, side: int, ring: int) -> Tensor:
     """(M, side) bool: which window pixels along one axis lie in the upsampled map."""
     position = 2 * start[:, None] + torch.arange(side, device=start.device) - ring
     return (position >= 0) & (position < 2 * size)
+
+
+def _recomputed(function: Callable[..., T], *args: Tensor) -> T:
+    """Call ``function`` keeping only its inputs for the backward."""
+    if torch.is_grad_enabled() and any(a.requires_grad for a in args):
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+    return function(*args)
 
 
 def _accumulation_dtype(x: Tensor) -> Tensor:

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of the streaming dual softmax; formulas in ``reference.py``, launches in ``launch.py``.
+
+A program owns one tile of rows and walks over ``SPAN`` columns, so that each tile of scores is computed once
+and serves both directions: the rows' result is carried along, the columns' result of this row tile is
+stored. A second, small kernel reduces what the programs left: no atomics, hence the same bits in every run
+and for every batch.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from eloftr_kernels.dispatch import interpreting
+
+FLOAT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def large_shared_memory() -> bool:
+    """Whether a program may use the 160 KB and more of data-centre NVIDIA GPUs; about 64 KB elsewhere."""
+    if interpreting():
+        return True
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch in (80, 90, 100, 103)
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Operand type of the products; the interpreter has none for bfloat16."""
+    return tl.float32 if dtype == torch.bfloat16 and interpreting() else FLOAT[dtype]
+
+
+@triton.jit
+def _load_features(x_ptr, index, size, first_channel, channels, stride_n, stride_c, BLOCK_C: tl.constexpr):
+    """(block, BLOCK_C) of the rows ``index`` of a feature matrix; zero outside it."""
+    c = first_channel + tl.arange(0, BLOCK_C)
+    offsets = index[:, None] * stride_n + c[None, :] * stride_c  # 32-bit: within one image
+    return tl.load(x_ptr + offsets, mask=(index < size)[:, None] & (c < channels)[None, :], other=0.0)
+
+
+@triton.jit
+def _scores(
+    own_ptr,
+    own,  # (rows, BLOCK_C) already loaded, where WHOLE
+    rows,
+    L,
+    stride_own_l,
+    stride_own_c,
+    other_ptr,
+    columns,
+    S,
+    stride_other_s,
+    stride_other_c,
+    C,
+    own_valid,
+    other_valid,
+    scale,
+    BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(rows, columns) scores in float32, -1e9 for pairs of a masked cell, and the columns' features."""
+    if WHOLE:
+        other = _load_features(other_ptr, columns, S, 0, C, stride_other_s, stride_other_c, BLOCK_C).to(DOT)
+        scores = tl.dot(own, tl.trans(other), input_precision=PRECISION)
+    else:
+        other = own
+        scores = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+        for c in range(0, C, BLOCK_C):
+            x = _load_features(own_ptr, rows, L, c, C, stride_own_l, stride_own_c, BLOCK_C).to(DOT)
+            y = _load_features(other_ptr, columns, S, c, C, stride_other_s, stride_other_c, BLOCK_C).to(DOT)
+            scores = tl.dot(x, tl.trans(y), scores, input_precision=PRECISION)
+    return tl.where(own_valid[:, None] & other_valid[None, :], scores * scale, -1e9), other
+
+
+@triton.jit
+def _load_valid(mask_ptr, index, size, stride_n):
+    if mask_ptr is None:
+        valid = tl.full(index.shape, 1, tl.int1)  # constant: what depends on it folds away
+    else:
+        valid = tl.load(mask_ptr + index * stride_n, mask=index < size, other=1) != 0
+    return valid
+
+
+@triton.jit
+def _dual_softmax_lse_fwd(
+    f0_ptr,  # (B, L, C)
+    f1_ptr,  # (B, S, C)
+    mask0_ptr,  # (B, L) or None
+    mask1_ptr,  # (B, S) or None
+    row_ptr,  # (B, splits, L) log-sum-exp over one span of columns
+    col_ptr,  # (B, tiles, S) log-sum-exp over one tile of rows
+    stride_f0_b,
+    stride_f0_l,
+    stride_f0_c,
+    stride_f1_b,
+    stride_f1_s,
+    stride_f1_c,
+    stride_mask0_b,
+    stride_mask0_l,
+    stride_mask1_b,
+    stride_mask1_s,
+    L,
+    S,
+    C,
+    first_row,
+    tiles,
+    splits,
+    scale,
+    BLOCK_L: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SPAN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial row and column log-sum-exps; grid (tiles * splits * B,): neighbours share their columns."""
+    tile = tl.program_id(0) % tiles
+    split = tl.program_id(0) // tiles % splits
+    b = (tl.program_id(0) // tiles // splits).to(tl.int64)
+    f1_ptr += b * stride_f1_b
+    if mask0_ptr is not None:
+        mask0_ptr += b * stride_mask0_b
+    if mask1_ptr is not None:
+        mask1_ptr += b * stride_mask1_b
+    rows = first_row + tile * BLOCK_L + tl.arange(0, BLOCK_L)
+    f0_ptr += b * stride_f0_b
+    f0 = _load_features(f0_ptr, rows, L, 0, C, stride_f0_l, stride_f0_c, BLOCK_C).to(DOT)
+    valid0 = _load_valid(mask0_ptr, rows, L, stride_mask0_l)
+    row_max = tl.full((BLOCK_L,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_L,), tl.float32)
+    for start in range(split * SPAN, tl.minimum(split * SPAN + SPAN, S), BLOCK_S):
+        columns = start + tl.arange(0, BLOCK_S)
+        valid1 = _load_valid(mask1_ptr, columns, S, stride_mask1_s)
+        scores, _ = _scores(
+            f0_ptr, f0, rows, L, stride_f0_l, stride_f0_c,
+            f1_ptr, columns, S, stride_f1_s, stride_f1_c,
+            C, valid0, valid1, scale, BLOCK_C, WHOLE, DOT, PRECISION,
+        )  # fmt: skip
+        along = tl.where((columns < S)[None, :], scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(along, 1))
+        row_sum = row_sum * tl.exp(row_max - new_max) + tl.sum(tl.exp(along - new_max[:, None]), 1)
+        row_max = new_max
+        down = tl.where((rows < L)[:, None], scores, float("-inf"))
+        col_max = tl.max(down, 0)
+        col_lse = col_max + tl.log(tl.sum(tl.exp(down - col_max[None, :]), 0))
+        tl.store(col_ptr + (b * tiles + tile) * S + columns, col_lse, mask=columns < S)
+    tl.store(row_ptr + (b * splits + split) * L + rows, row_max + tl.log(row_sum), mask=rows < L)
+
+
+@triton.jit
+def _lse_reduce(part_ptr, out_ptr, parts, N, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr):
+    """(B, parts, N) -> (B, N) log-sum-exp, ``out`` itself taking part when ACCUMULATE; grid (blocks * B,)."""
+    blocks = tl.cdiv(N, BLOCK)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = n < N
+    top = tl.full((BLOCK,), -3e38, tl.float32)  # finite: nothing but -inf may be left to reduce
+    total = tl.zeros((BLOCK,), tl.float32)
+    if ACCUMULATE:
+        top = tl.load(out_ptr + b * N + n, mask=inside, other=0.0)
+        total += 1.0
+    for part in range(parts):
+        value = tl.load(part_ptr + (b * parts + part) * N + n, mask=inside, other=0.0)
+        new_top = tl.maximum(top, value)
+        total = total * tl.exp(top - new_top) + tl.exp(value - new_top)
+        top = new_top
+    tl.store(out_ptr + b * N + n, top + tl.log(total), mask=inside)
+
+
+@triton.jit
+def _dual_softmax_lse_bwd(
+    own_ptr,  # (B, L, C) the side whose gradient this launch computes
+    other_ptr,  # (B, S, C)
+    own_mask_ptr,
+    other_mask_ptr,
+    own_lse_ptr,  # (B, L)
+    other_lse_ptr,  # (B, S)
+    own_grad_ptr,  # (B, L) gradient of own_lse
+    other_grad_ptr,  # (B, S)
+    amax_ptr,  # (B,) largest magnitude of both gradients
+    out_ptr,  # (B, L, C)
+    stride_own_b,
+    stride_own_l,
+    stride_own_c,
+    stride_other_b,
+    stride_other_s,
+    stride_other_c,
+    stride_own_mask_b,
+    stride_own_mask_l,
+    stride_other_mask_b,
+    stride_other_mask_s,
+    L,
+    S,
+    C,
+    tiles,
+    scale,
+    BLOCK_L: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dF_i = sum_j (g_i e^{s_ij - r_i} + g_j e^{s_ij - c_j}) F_j / tau, from recomputed scores.
+
+    Grid (tiles * B, blocks of C).
+    """
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    first_channel = tl.program_id(1) * BLOCK_OUT
+    rows = tl.program_id(0) % tiles * BLOCK_L + tl.arange(0, BLOCK_L)
+    other_ptr += b * stride_other_b
+    if own_mask_ptr is not None:
+        own_mask_ptr += b * stride_own_mask_b
+    if other_mask_ptr is not None:
+        other_mask_ptr += b * stride_other_mask_b
+    own_ptr += b * stride_own_b
+    own = _load_features(own_ptr, rows, L, 0, C, stride_own_l, stride_own_c, BLOCK_C).to(DOT)
+    own_valid = _load_valid(own_mask_ptr, rows, L, stride_own_mask_l)
+    # The second product takes the weights in the features' type: a power of two keeps them in its range.
+    amax = tl.load(amax_ptr + b)
+    unit = (amax.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    unit = tl.where(unit > 0, unit, 1.0)
+    own_lse = tl.load(own_lse_ptr + b * L + rows, mask=rows < L, other=0.0)
+    own_grad = tl.load(own_grad_ptr + b * L + rows, mask=rows < L, other=0.0) / unit
+    out = tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32)
+    for start in range(0, S, BLOCK_S):
+        columns = start + tl.arange(0, BLOCK_S)
+        valid = _load_valid(other_mask_ptr, columns, S, stride_other_mask_s) & (columns < S)
+        other_lse = tl.load(other_lse_ptr + b * S + columns, mask=columns < S, other=0.0)
+        other_grad = tl.load(other_grad_ptr + b * S + columns, mask=columns < S, other=0.0) / unit
+        scores, other = _scores(
+            own_ptr, own, rows, L, stride_own_l, stride_own_c,
+            other_ptr, columns, S, stride_other_s, stride_other_c,
+            C, own_valid, valid, scale, BLOCK_C, WHOLE, DOT, PRECISION,
+        )  # fmt: skip
+        weights = own_grad[:, None] * tl.exp(scores - own_lse[:, None])
+        weights += other_grad[None, :] * tl.exp(scores - other_lse[None, :])
+        weights = tl.where((own_valid & (rows < L))[:, None] & valid[None, :], weights, 0.0)
+        if not WHOLE:
+            other = _load_features(
+                other_ptr, columns, S, first_channel, C, stride_other_s, stride_other_c, BLOCK_OUT
+            ).to(DOT)
+        weights = weights.to(out_ptr.dtype.element_ty).to(DOT)
+        out = tl.dot(weights, other, out, input_precision=PRECISION)
+    c = first_channel + tl.arange(0, BLOCK_OUT)
+    offsets = (b * L + rows)[:, None] * C + c[None, :]
+    out = (out * (scale * unit)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offsets, out, mask=(rows < L)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def _mutual_best_fwd(
+    f0_ptr,  # (B, L, C)
+    f1_ptr,  # (B, S, C)
+    mask0_ptr,
+    mask1_ptr,
+    row_lse_ptr,  # (B, L) or None: the raw score decides
+    col_lse_ptr,  # (B, S) or None
+    row_score_ptr,  # (B, splits, L) best over one span of columns
+    row_index_ptr,  # (B, splits, L) int32
+    col_score_ptr,  # (B, tiles, S) best over one tile of rows
+    col_index_ptr,  # (B, tiles, S) int32
+    stride_f0_b,
+    stride_f0_l,
+    stride_f0_c,
+    stride_f1_b,
+    stride_f1_s,
+    stride_f1_c,
+    stride_mask0_b,
+    stride_mask0_l,
+    stride_mask1_b,
+    stride_mask1_s,
+    L,
+    S,
+    C,
+    first_row,
+    tiles,
+    splits,
+    scale,
+    BLOCK_L: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SPAN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial row and column arg-maxes, lowest index on ties; grid as in ``_dual_softmax_lse_fwd``."""
+    tile = tl.program_id(0) % tiles
+    split = tl.program_id(0) // tiles % splits
+    b = (tl.program_id(0) // tiles // splits).to(tl.int64)
+    f1_ptr += b * stride_f1_b
+    if mask0_ptr is not None:
+        mask0_ptr += b * stride_mask0_b
+    if mask1_ptr is not None:
+        mask1_ptr += b * stride_mask1_b
+    rows = first_row + tile * BLOCK_L + tl.arange(0, BLOCK_L)
+    f0_ptr += b * stride_f0_b
+    f0 = _load_features(f0_ptr, rows, L, 0, C, stride_f0_l, stride_f0_c, BLOCK_C).to(DOT)
+    valid0 = _load_valid(mask0_ptr, rows, L, stride_mask0_l)
+    if row_lse_ptr is not None:
+        row_lse = tl.load(row_lse_ptr + b * L + rows, mask=rows < L, other=0.0)
+    best = tl.full((BLOCK_L,), float("-inf"), tl.float32)
+    best_index = tl.zeros((BLOCK_L,), tl.int32)
+    for start in range(split * SPAN, tl.minimum(split * SPAN + SPAN, S), BLOCK_S):
+        columns = start + tl.arange(0, BLOCK_S)
+        valid1 = _load_valid(mask1_ptr, columns, S, stride_mask1_s)
+        scores, _ = _scores(
+            f0_ptr, f0, rows, L, stride_f0_l, stride_f0_c,
+            f1_ptr, columns, S, stride_f1_s, stride_f1_c,
+            C, valid0, valid1, scale, BLOCK_C, WHOLE, DOT, PRECISION,
+        )  # fmt: skip
+        if row_lse_ptr is not None:
+            col_lse = tl.load(col_lse_ptr + b * S + columns, mask=columns < S, other=0.0)
+            scores = 2 * scores - row_lse[:, None] - col_lse[None, :]
+        along = tl.where((columns < S)[None, :], scores, float("-inf"))
+        value, index = tl.max(along, 1, return_indices=True, return_indices_tie_break_left=True)
+        best_index = tl.where(value > best, index + start, best_index)
+        best = tl.maximum(best, value)
+        down = tl.where((rows < L)[:, None], scores, float("-inf"))
+        value, index = tl.max(down, 0, return_indices=True, return_indices_tie_break_left=True)
+        offsets = (b * tiles + tile) * S + columns
+        tl.store(col_score_ptr + offsets, value, mask=columns < S)
+        tl.store(col_index_ptr + offsets, index + first_row + tile * BLOCK_L, mask=columns < S)
+    offsets = (b * splits + split) * L + rows
+    tl.store(row_score_ptr + offsets, best, mask=rows < L)
+    tl.store(row_index_ptr + offsets, best_index, mask=rows < L)
+
+
+@triton.jit
+def _best_reduce(
+    part_score_ptr,
+    part_index_ptr,
+    score_ptr,
+    index_ptr,
+    parts,
+    N,
+    ACCUMULATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(B, parts, N) -> (B, N) arg-max; parts come in order of index: the first of equals wins."""
+    blocks = tl.cdiv(N, BLOCK)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = n < N
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    best_index = tl.zeros((BLOCK,), tl.int64)
+    if ACCUMULATE:
+        best = tl.load(score_ptr + b * N + n, mask=inside, other=0.0)
+        best_index = tl.load(index_ptr + b * N + n, mask=inside, other=0)
+    for part in range(parts):
+        offsets = (b * parts + part) * N + n
+        value = tl.load(part_score_ptr + offsets, mask=inside, other=0.0)
+        index = tl.load(part_index_ptr + offsets, mask=inside, other=0).to(tl.int64)
+        best_index = tl.where(value > best, index, best_index)
+        best = tl.maximum(best, value)
+    tl.store(score_ptr + b * N + n, best, mask=inside)
+    tl.store(index_ptr + b * N + n, best_index, mask=inside)

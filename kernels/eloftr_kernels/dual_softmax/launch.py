@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches of the dual-softmax kernels: tiles, workspaces, outputs. Imported on the first launch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eloftr_kernels.dispatch import dot_precision
+from eloftr_kernels.dual_softmax import kernel
+
+ROWS_PER_LAUNCH = 1 << 15  # bounds the column workspace to S * ROWS_PER_LAUNCH / rows-of-a-tile elements
+SPAN = 512  # columns that one program of the forward walks over
+_REDUCE_BLOCK = 128
+
+
+class Tiles(NamedTuple):
+    """Launch configuration: a table, not a search: the same bits and the same first call everywhere."""
+
+    rows: int
+    columns: int
+    channels: int  # of the inner product at a time; all of them where the tile of rows then stays on the chip
+    num_warps: int
+    num_stages: int
+
+
+def forward_tiles(dtype: torch.dtype, channels: int, large_shared_memory: bool) -> Tiles:
+    """Tiles of the two forward kernels."""
+    if dtype == torch.float32:
+        return Tiles(64, 64, 32, 4, 2)
+    whole = max(16, _power_of_2(channels))
+    if whole > 256:
+        return Tiles(64, 64, 64, 4, 2)
+    if not large_shared_memory:
+        return Tiles(64 if whole > 128 else 128, 32, whole, 4, 2)
+    return Tiles(128, 64, whole, 8, 2) if whole > 128 else Tiles(64, 64, whole, 4, 2)
+
+
+def backward_tiles(dtype: torch.dtype, channels: int, large_shared_memory: bool) -> Tiles:
+    """Tiles of the backward kernel."""
+    if dtype == torch.float32:
+        return Tiles(32, 32, 32, 4, 2)
+    whole = max(16, _power_of_2(channels))
+    if whole > 256:
+        return Tiles(64, 32, 64, 4, 2)
+    if not large_shared_memory:
+        return Tiles(64, 32, whole, 4, 1)
+    return Tiles(64, 64, whole, 8 if whole > 128 else 4, 2)
+
+
+def forward_constants(tiles: Tiles, dtype: torch.dtype, channels: int) -> dict[str, object]:
+    """Compile-time arguments of the forward kernels."""
+    return {
+        "BLOCK_L": tiles.rows,
+        "BLOCK_S": tiles.columns,
+        "BLOCK_C": tiles.channels,
+        "SPAN": SPAN,
+        "WHOLE": tiles.channels >= channels,
+        "DOT": kernel.dot_dtype(dtype),
+        "PRECISION": dot_precision(dtype),
+    }
+
+
+def backward_constants(tiles: Tiles, dtype: torch.dtype, channels: int) -> dict[str, object]:
+    """Compile-time arguments of the backward kernel."""
+    constants = forward_constants(tiles, dtype, channels)
+    del constants["SPAN"]
+    constants["BLOCK_OUT"] = (
+        tiles.channels if constants["WHOLE"] else min(128, max(16, _power_of_2(channels)))
+    )
+    return constants
+
+
+def dual_softmax_lse_forward(
+    features0: Tensor, features1: Tensor, temperature: float, mask0: Tensor | None, mask1: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward; arguments as in ``reference.dual_softmax_lse``."""
+    (B, L, C), S = features0.shape, features1.shape[1]
+    row_lse, col_lse = (
+        features0.new_empty((B, L), dtype=torch.float32),
+        features0.new_empty((B, S), dtype=torch.float32),
+    )
+    if 0 in (B, L, S):
+        return row_lse.fill_(-torch.inf), col_lse.fill_(-torch.inf)
+    tiles = forward_tiles(features0.dtype, C, kernel.large_shared_memory())
+    constants = forward_constants(tiles, features0.dtype, C)
+    splits = _blocks(S, SPAN)
+    row_parts = row_lse.new_empty((B, splits, L))
+    for first_row in range(0, L, ROWS_PER_LAUNCH):
+        row_tiles = _blocks(min(ROWS_PER_LAUNCH, L - first_row), tiles.rows)
+        col_parts = row_lse.new_empty((B, row_tiles, S))
+        kernel._dual_softmax_lse_fwd[(row_tiles * splits * B,)](
+            features0, features1, mask0, mask1, row_parts, col_parts,
+            *_strides(features0, features1, mask0, mask1),
+            L, S, C, first_row, row_tiles, splits, 1 / temperature,
+            **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+        kernel._lse_reduce[(_blocks(S, _REDUCE_BLOCK) * B,)](
+            col_parts, col_lse, row_tiles, S, ACCUMULATE=first_row > 0, BLOCK=_REDUCE_BLOCK
+        )
+    kernel._lse_reduce[(_blocks(L, _REDUCE_BLOCK) * B,)](
+        row_parts, row_lse, splits, L, ACCUMULATE=False, BLOCK=_REDUCE_BLOCK
+    )
+    return row_lse, col_lse
+
+
+def dual_softmax_lse_backward(
+    grad_row: Tensor,
+    grad_col: Tensor,
+    features0: Tensor,
+    features1: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    temperature: float,
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of both feature sets, (B, L, C) and (B, S, C); one launch per side."""
+    if 0 in (*features0.shape, features1.shape[1]):
+        return features0.new_zeros(features0.shape), features1.new_zeros(features1.shape)
+    tiles = backward_tiles(features0.dtype, features0.shape[2], kernel.large_shared_memory())
+    constants = backward_constants(tiles, features0.dtype, features0.shape[2])
+    channel_blocks = _blocks(features0.shape[2], int(str(constants["BLOCK_OUT"])))
+    grad_row, grad_col = grad_row.contiguous(), grad_col.contiguous()
+    amax = torch.maximum(grad_row.abs().amax(1), grad_col.abs().amax(1))
+    side0 = (features0, mask0, row_lse.contiguous(), grad_row)
+    side1 = (features1, mask1, col_lse.contiguous(), grad_col)
+    grads = []
+    for own, other in ((side0, side1), (side1, side0)):
+        (x, mask, lse, grad), (y, other_mask, other_lse, other_grad) = own, other
+        B, N, C = x.shape
+        row_tiles = _blocks(N, tiles.rows)
+        out = torch.empty((B, N, C), dtype=x.dtype, device=x.device)
+        kernel._dual_softmax_lse_bwd[(row_tiles * B, channel_blocks)](
+            x, y, mask, other_mask, lse, other_lse, grad, other_grad, amax, out,
+            *_strides(x, y, mask, other_mask), N, y.shape[1], C, row_tiles, 1 / temperature,
+            **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+        grads.append(out)
+    return grads[0], grads[1]
+
+
+def mutual_best_forward(
+    features0: Tensor,
+    features1: Tensor,
+    temperature: float,
+    row_lse: Tensor | None,
+    col_lse: Tensor | None,
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch; arguments as in ``reference.mutual_best``."""
+    (B, L, C), S = features0.shape, features1.shape[1]
+    score1, score0 = (features0.new_empty((B, n), dtype=torch.float32) for n in (L, S))
+    best1, best0 = (features0.new_empty((B, n), dtype=torch.int64) for n in (L, S))
+    if 0 in (B, L, S):
+        return best1.zero_(), best0.zero_(), score1.fill_(-torch.inf)
+    tiles = forward_tiles(features0.dtype, C, kernel.large_shared_memory())
+    if row_lse is not None and col_lse is not None:
+        row_lse, col_lse = row_lse.contiguous(), col_lse.contiguous()
+    constants = forward_constants(tiles, features0.dtype, C)
+    splits = _blocks(S, SPAN)
+    row_parts = score1.new_empty((B, splits, L)), best1.new_empty((B, splits, L), dtype=torch.int32)
+    for first_row in range(0, L, ROWS_PER_LAUNCH):
+        row_tiles = _blocks(min(ROWS_PER_LAUNCH, L - first_row), tiles.rows)
+        col_parts = score1.new_empty((B, row_tiles, S)), best1.new_empty((B, row_tiles, S), dtype=torch.int32)
+        kernel._mutual_best_fwd[(row_tiles * splits * B,)](
+            features0, features1, mask0, mask1, row_lse, col_lse, *row_parts, *col_parts,
+            *_strides(features0, features1, mask0, mask1),
+            L, S, C, first_row, row_tiles, splits, 1 / temperature,
+            **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+        kernel._best_reduce[(_blocks(S, _REDUCE_BLOCK) * B,)](
+            *col_parts, score0, best0, row_tiles, S, ACCUMULATE=first_row > 0, BLOCK=_REDUCE_BLOCK
+        )
+    kernel._best_reduce[(_blocks(L, _REDUCE_BLOCK) * B,)](
+        *row_parts, score1, best1, splits, L, ACCUMULATE=False, BLOCK=_REDUCE_BLOCK
+    )
+    return best1, best0, score1
+
+
+def _strides(x0: Tensor, x1: Tensor, mask0: Tensor | None, mask1: Tensor | None) -> tuple[int, ...]:
+    masks = [(0, 0) if mask is None else mask.stride() for mask in (mask0, mask1)]
+    return (*x0.stride(), *x1.stride(), *masks[0], *masks[1])
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

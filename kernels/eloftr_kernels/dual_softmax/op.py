@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operators and public functions of the streaming dual softmax; formulas in ``reference.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eloftr_kernels.dispatch import (
+    check_devices,
+    check_dtype,
+    check_shape,
+    on_device_of,
+    use_triton,
+    why_not_triton,
+)
+from eloftr_kernels.dual_softmax import reference
+
+
+def dual_softmax_lse(
+    features0: Tensor,  # (B, L, C)
+    features1: Tensor,  # (B, S, C)
+    temperature: float,
+    mask0: Tensor | None = None,  # (B, L) bool
+    mask1: Tensor | None = None,  # (B, S) bool
+) -> tuple[Tensor, Tensor]:
+    r"""Normalisers of the dual softmax (LoFTR, equation 3; EfficientLoFTR, section 3.3).
+
+    With scores :math:`s_{ij} = \langle f^0_i, f^1_j\rangle / \tau`,
+
+    .. math:: r_i = \log\sum_j e^{s_{ij}}, \qquad c_j = \log\sum_i e^{s_{ij}}.
+
+    Neither pass stores an L x S tensor. Accumulated in float32 (float64 for float64 input), also under
+    autocast.
+
+    Convention:
+        The gradient flows to both feature sets; scores of masked cells are the constant -1e9 and carry none.
+        With no cell in one image the other's normalisers are -inf, with zero gradient. The Triton path has no
+        second derivative and says so; the reference has.
+
+    Args:
+        features0: (B, L, C) float32, float16 or bfloat16 (float64: reference), any strides.
+        features1: (B, S, C), same dtype.
+        temperature: positive.
+        mask0: (B, L) bool, True where a cell is valid.
+        mask1: (B, S) bool.
+
+    Returns:
+        ``row_lse`` (B, L) and ``col_lse`` (B, S), float32 (float64 for float64 input). Masked rows and
+        columns hold about -1e9.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a temperature that is not positive.
+        TypeError: dtypes that differ, or masks that are not bool.
+        RuntimeError: ``backend("triton")`` that cannot be honoured.
+    """
+    _check(features0, features1, temperature, mask0, mask1)
+    if use_triton("dual_softmax_lse", why_not(features0, features1, mask0, mask1)):
+        row_lse, col_lse = _lse_op(features0, features1, temperature, mask0, mask1)
+        return row_lse, col_lse
+    return reference.dual_softmax_lse(features0, features1, temperature, mask0, mask1)
+
+
+def mutual_best(
+    features0: Tensor,  # (B, L, C)
+    features1: Tensor,  # (B, S, C)
+    temperature: float,
+    row_lse: Tensor | None = None,  # (B, L)
+    col_lse: Tensor | None = None,  # (B, S)
+    mask0: Tensor | None = None,  # (B, L) bool
+    mask1: Tensor | None = None,  # (B, S) bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Best partner of every cell under the logarithm of the confidence, :math:`2 s_{ij} - r_i - c_j`.
+
+    Without ``row_lse`` and ``col_lse`` the raw score :math:`s_{ij}` decides (*optimized* inference).
+
+    Convention:
+        Of equal scores the lowest index wins. No gradient. The best partner of a masked cell is not defined.
+        With no cell in the other image the index is 0 and the score -inf.
+
+    Args:
+        features0: as for :func:`dual_softmax_lse`.
+        features1: as for :func:`dual_softmax_lse`.
+        temperature: positive.
+        row_lse: (B, L) of :func:`dual_softmax_lse`; both normalisers or none.
+        col_lse: (B, S).
+        mask0: (B, L) bool.
+        mask1: (B, S) bool.
+
+    Returns:
+        ``best1`` (B, L) int64, ``best0`` (B, S) int64, and the score (B, L) of each ``best1``, float32
+        (float64 for float64 input).
+
+    Raises:
+        ValueError: as :func:`dual_softmax_lse`, or one normaliser without the other.
+        TypeError: as :func:`dual_softmax_lse`.
+        RuntimeError: ``backend("triton")`` that cannot be honoured.
+    """
+    _check(features0, features1, temperature, mask0, mask1)
+    _check_normalisers(features0, features1, row_lse, col_lse)
+    with torch.no_grad():
+        if use_triton("mutual_best", why_not(features0, features1, mask0, mask1)):
+            best1, best0, score1 = _best_op(features0, features1, temperature, row_lse, col_lse, mask0, mask1)
+            return best1, best0, score1
+        return reference.mutual_best(features0, features1, temperature, row_lse, col_lse, mask0, mask1)
+
+
+def pair_scores(
+    features0: Tensor,  # (B, L, C)
+    features1: Tensor,  # (B, S, C)
+    temperature: float,
+    batch: Tensor,  # (M,) int64
+    cells0: Tensor,  # (M,) int64
+    cells1: Tensor,  # (M,) int64
+    row_lse: Tensor | None = None,  # (B, L)
+    col_lse: Tensor | None = None,  # (B, S)
+) -> Tensor:
+    r"""Log-confidence :math:`2 s_{ij} - r_i - c_j` of given pairs, or :math:`s_{ij}` without normalisers.
+
+    O(M C) work on rows that are gathered once: PyTorch on every device, a kernel has nothing to save.
+
+    Convention:
+        Differentiable in the features and, through the normalisers, in every feature of the other image. No
+        pair gives an empty tensor. Indices out of range raise where PyTorch's indexing does.
+
+    Returns:
+        (M,) float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, one normaliser without the other.
+        TypeError: feature dtypes that differ, or indices that are not int64.
+    """
+    _check(features0, features1, temperature, None, None)
+    _check_normalisers(features0, features1, row_lse, col_lse)
+    check_devices({"features0": features0, "batch": batch, "cells0": cells0, "cells1": cells1})
+    for name, index in (("batch", batch), ("cells0", cells0), ("cells1", cells1)):
+        check_shape(name, index, (batch.shape[0] if batch.ndim else None,), "(M,)")
+        check_dtype(name, index, torch.int64, "convert it with .long()")
+    return reference.pair_scores(features0, features1, temperature, batch, cells0, cells1, row_lse, col_lse)
+
+
+def why_not(
+    features0: Tensor, features1: Tensor, mask0: Tensor | None = None, mask1: Tensor | None = None
+) -> str | None:
+    """Why Triton is not used for these arguments, as half a sentence; None where it is."""
+    tensors = {"features0": features0, "features1": features1, "mask0": mask0, "mask1": mask1}
+    return why_not_triton(tensors)
+
+
+@torch.library.custom_op("eloftr::dual_softmax_lse", mutates_args=())
+def _lse_op(
+    features0: Tensor, features1: Tensor, temperature: float, mask0: Tensor | None, mask1: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from eloftr_kernels.dual_softmax import launch
+
+    with on_device_of(features0):
+        return launch.dual_softmax_lse_forward(features0, features1, temperature, mask0, mask1)
+
+
+@_lse_op.register_fake
+def _lse_fake(
+    features0: Tensor, features1: Tensor, temperature: float, mask0: Tensor | None, mask1: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return (
+        features0.new_empty(features0.shape[:2], dtype=torch.float32),
+        features1.new_empty(features1.shape[:2], dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("eloftr::dual_softmax_lse_backward", mutates_args=())
+def _lse_backward_op(
+    grad_row: Tensor,
+    grad_col: Tensor,
+    features0: Tensor,
+    features1: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    temperature: float,
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from eloftr_kernels.dual_softmax import launch
+
+    with on_device_of(features0):
+        return launch.dual_softmax_lse_backward(
+            grad_row, grad_col, features0, features1, row_lse, col_lse, temperature, mask0, mask1
+        )
+
+
+@_lse_backward_op.register_fake
+def _lse_backward_fake(
+    grad_row: Tensor,
+    grad_col: Tensor,
+    features0: Tensor,
+    features1: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    temperature: float,
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return features0.new_empty(features0.shape), features1.new_empty(features1.shape)
+
+
+def _lse_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features0, features1, ctx.temperature, mask0, mask1 = inputs
+    ctx.save_for_backward(features0, features1, mask0, mask1, *output)
+
+
+def _lse_backward(ctx: Any, grad_row: Tensor, grad_col: Tensor) -> tuple[Tensor | None, ...]:
+    features0, features1, mask0, mask1, row_lse, col_lse = ctx.saved_tensors
+    grads = _lse_backward_op(
+        grad_row, grad_col, features0, features1, row_lse, col_lse, ctx.temperature, mask0, mask1
+    )
+    return *grads, None, None, None
+
+
+_lse_op.register_autograd(_lse_backward, setup_context=_lse_setup)
+
+
+@torch.library.custom_op("eloftr::mutual_best", mutates_args=())
+def _best_op(
+    features0: Tensor,
+    features1: Tensor,
+    temperature: float,
+    row_lse: Tensor | None,
+    col_lse: Tensor | None,
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from eloftr_kernels.dual_softmax import launch
+
+    with on_device_of(features0):
+        return launch.mutual_best_forward(features0, features1, temperature, row_lse, col_lse, mask0, mask1)
+
+
+@_best_op.register_fake
+def _best_fake(
+    features0: Tensor,
+    features1: Tensor,
+    temperature: float,
+    row_lse: Tensor | None,
+    col_lse: Tensor | None,
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    cells0, cells1 = features0.shape[:2], features1.shape[:2]
+    return (
+        features0.new_empty(cells0, dtype=torch.int64),
+        features1.new_empty(cells1, dtype=torch.int64),
+        features0.new_empty(cells0, dtype=torch.float32),
+    )
+
+
+def _check(
+    features0: Tensor, features1: Tensor, temperature: float, mask0: Tensor | None, mask1: Tensor | None
+) -> None:
+    check_shape("features0", features0, (None, None, None), "(B, L, C)")
+    B, L, C = features0.shape
+    check_shape("features1", features1, (B, None, C), "(B, S, C)")
+    check_dtype("features1", features1, features0.dtype, "convert both features to one dtype")
+    for name, mask, cells in (("mask0", mask0, L), ("mask1", mask1, features1.shape[1])):
+        if mask is not None:
+            check_shape(name, mask, (B, cells), "(B, cells)")
+            check_dtype(name, mask, torch.bool, "pass True where a cell is valid")
+    check_devices({"features0": features0, "features1": features1, "mask0": mask0, "mask1": mask1})
+    if not features0.is_floating_point():
+        raise TypeError(
+            f"features0: expected a floating-point dtype, got {features0.dtype}; convert it with .float()."
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature!r}.")
+
+
+def _check_normalisers(
+    features0: Tensor, features1: Tensor, row_lse: Tensor | None, col_lse: Tensor | None
+) -> None:
+    if (row_lse is None) != (col_lse is None):
+        missing = "row_lse" if row_lse is None else "col_lse"
+        raise ValueError(
+            f"{missing}: expected both normalisers or none, got None; pass what dual_softmax_lse returned."
+        )
+    dtype = torch.float64 if features0.dtype == torch.float64 else torch.float32
+    for name, lse, features in (("row_lse", row_lse, features0), ("col_lse", col_lse, features1)):
+        if lse is not None:
+            check_shape(name, lse, features.shape[:2], "(B, cells)")
+            check_dtype(name, lse, dtype, "pass what dual_softmax_lse returned")
+            check_devices({"features0": features0, name: lse})
