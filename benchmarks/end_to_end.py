@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning through the geometry, beside supervision and beside gradients that stop at the arg-max.
 
-python -m benchmarks.end_to_end --photos FOLDER [--task homography] [--change solarise] [--steps 100]
+python -m benchmarks.end_to_end --photos FOLDER [--task homography] [--change blur] [--steps 100]
 
 Image 1 of every pair changes its look. The embedded ``small`` model is tuned for it in several ways from the same
 start, on the same pairs in the same order: through matches -> model -> loss with straight-through (``end_to_end``) and
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from kornia.filters import gaussian_blur2d
+from safetensors.torch import save_file
 from torch import Tensor
 
 from eloftr_ops import EfficientLoFTR, __version__
@@ -52,11 +53,13 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "invert": lambda x: 1 - x,
     "solarise": lambda x: (2 * x - 1).abs(),
-    "blur": lambda x: gaussian_blur2d(x, (19, 19), (3.0, 3.0)),
+    "blur": lambda x: gaussian_blur2d(x, (31, 31), (5.0, 5.0)),
     "low_contrast": lambda x: 0.45 + 0.1 * x,
 }
 MODES: dict[str, GradientMode] = {"end_to_end": "straight_through", "hard": "hard", "soft": "soft"}
 THRESHOLDS = {"homography": (3.0, 5.0, 10.0), "pose": (5.0, 10.0, 20.0)}  # pixels; degrees
+ROBUST_SCALE = 4.0  # pixels; of the estimator that is tuned through
+ESTIMATORS = {"linear": "least squares", "robust": "Cauchy", "consensus": "MAGSAC++"}
 HOMOGRAPHIES = HomographyConfig(
     rotation_sigma=8.0,
     rotation_max=20.0,
@@ -73,7 +76,8 @@ MILD = PhotometricConfig(gamma=1.3, contrast=1.2, illumination=0.15, noise_sigma
 class Errors(NamedTuple):
     """Of the model estimated for each pair, infinite where there is none, in the unit of the task."""
 
-    ours: Tensor  # (N,) weighted robust estimate of this package, what training differentiates
+    linear: Tensor  # (N,) weighted least squares
+    robust: Tensor  # (N,) the same with a Cauchy kernel
     consensus: Tensor  # (N,) MAGSAC++, which sees no confidence
     matches: float  # per pair
     precision: float  # share of matches within 3 pixels of the truth; not a number for scenes
@@ -109,9 +113,12 @@ def run(
     started, rate = time.monotonic(), options.rates.get(variant, 0.0)
     losses: list[float] = []
     if variant != "start":
-        model.config = released.replace(threshold=options.threshold)
+        model.config = released.replace(threshold=options.threshold, soft_neighbourhood=options.neighbourhood)
         losses = tune(model, variant, rate, options, renderer(options.task, tuning))
         model.config = released
+        if options.models is not None:
+            options.models.mkdir(parents=True, exist_ok=True)
+            save_file(model.state_dict(), options.models / f"{variant}.safetensors")
     seconds = time.monotonic() - started
     source = renderer(options.task, held_out)
     result: dict[str, Any] = {"rate": rate, "seconds": round(seconds), "losses": losses}
@@ -169,7 +176,7 @@ def objective(
         config = TrainingConfig(bfloat16=False)
         losses = batch_losses(model, batch._replace(image1=image1), config, generator, fine=True).losses
         return losses.coarse + config.fine_weight * (losses.pixel + config.subpixel_weight * losses.subpixel)
-    through = EndToEndConfig(mode=MODES[variant])
+    through = EndToEndConfig(mode=MODES[variant], robust="cauchy", robust_scale=ROBUST_SCALE)
     if isinstance(batch, SceneBatch):
         return pose_objective(model, batch.image0, image1, batch.K0, batch.K1, batch.T_0to1, through).loss
     return homography_objective(model, batch.image0, image1, batch.H_0to1, through).loss
@@ -181,7 +188,8 @@ def measure(
 ) -> Errors:
     """Errors of the models estimated from hard matches on freshly rendered pairs, the same in every call."""
     generator = torch.Generator().manual_seed(options.seed + 12345)
-    ours, consensus, precise, matches = [], [], 0, 0
+    found: list[list[Tensor]] = []
+    precise, matches = 0, 0
     for _ in range(options.pairs // 8):
         batch = source.sample(8, (options.size, options.size), generator)
         out = model({"image0": batch.image0, "image1": CHANGES[change](batch.image1)}, mode="hard")
@@ -193,18 +201,20 @@ def measure(
             errors = _homography_errors(batch, points, out["confidence"])
             true = apply_homography(batch.H_0to1[points[2]], points[0][:, None])[:, 0]
             precise += int((torch.linalg.vector_norm(true - points[1], dim=-1) < 3).sum())
-        ours.append(errors[0])
-        consensus.append(errors[1])
+        found.append(errors)
     count = 8 * (options.pairs // 8)
     precision = precise / max(1, matches) if options.task == "homography" else float("nan")
-    return Errors(torch.cat(ours), torch.cat(consensus), matches / count, precision)
+    linear, robust, consensus = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Errors(linear, robust, consensus, matches / count, precision)
 
 
 def summary(errors: Errors, thresholds: tuple[float, ...]) -> dict[str, Any]:
     """Plain data: area under the recall curve per threshold, in percent, and what explains it."""
     return {
-        "auc_ours": [round(100 * area_under_recall(errors.ours, t), 1) for t in thresholds],
-        "auc_consensus": [round(100 * area_under_recall(errors.consensus, t), 1) for t in thresholds],
+        **{
+            name: [round(100 * area_under_recall(getattr(errors, name), t), 1) for t in thresholds]
+            for name in ESTIMATORS
+        },
         "matches": round(errors.matches, 1),
         "precision": None if errors.precision != errors.precision else round(errors.precision, 3),
     }
@@ -219,44 +229,41 @@ def table(record: dict[str, Any]) -> str:
     """Markdown, one row per variant."""
     setup = record["setup"]
     at = "/".join(f"{t:g}" for t in THRESHOLDS[setup["task"]])
-    head = (
-        "variant",
-        "rate",
-        f"AUC@{at}, ours",
-        f"AUC@{at}, MAGSAC++",
-        "matches",
-        "precision",
-        "unchanged look",
-    )
+    head = ["variant", "rate", *(f"AUC@{at}, {name}" for name in ESTIMATORS.values())]
+    head += ["matches", "precision", "unchanged look, Cauchy"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, result in record["results"].items():
         changed, plain = result[setup["change"]], result["none"]
         cells = [name, f"{result['rate']:g}" if result["rate"] else ""]
-        cells += [" / ".join(f"{x:.1f}" for x in changed[key]) for key in ("auc_ours", "auc_consensus")]
-        cells += [
-            f"{changed['matches']:.0f}",
-            "" if changed["precision"] is None else f"{changed['precision']:.2f}",
-        ]
-        cells += [" / ".join(f"{x:.1f}" for x in plain["auc_ours"])]
+        cells += [" / ".join(f"{x:.1f}" for x in changed[key]) for key in ESTIMATORS]
+        precision = changed["precision"]
+        cells += [f"{changed['matches']:.0f}", "" if precision is None else f"{precision:.2f}"]
+        cells += [" / ".join(f"{x:.1f}" for x in plain["robust"])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _homography_errors(batch: HomographyBatch, points: Points, confidence: Tensor) -> list[Tensor]:
     count, size = len(batch.image0), (batch.image0.shape[-2], batch.image0.shape[-1])
-    weighted = homography_from_matches(*points, count, confidence, robust="cauchy")
     consensus = estimate_robust(*points, count, model="homography")
+    found = [(consensus.model_0to1, consensus.valid)]
+    for kernel in ("cauchy", None):
+        estimate = homography_from_matches(*points, count, confidence, robust=kernel)
+        found.insert(0, (estimate.H_0to1, estimate.valid))
     return [
         torch.where(valid, corner_error_loss(H, batch.H_0to1, size, reduction="none"), torch.inf)
-        for H, valid in ((weighted.H_0to1, weighted.valid), (consensus.model_0to1, consensus.valid))
+        for H, valid in found
     ]
 
 
 def _pose_errors(batch: SceneBatch, points: Points, confidence: Tensor) -> list[Tensor]:
-    weighted = relative_pose_from_matches(*points, batch.K0, batch.K1, confidence, robust="cauchy")
     consensus = estimate_robust(*points, len(batch.K0), model="pose", K0=batch.K0, K1=batch.K1)
+    found = [(consensus.model_0to1, consensus.valid)]
+    for kernel in ("cauchy", None):
+        estimate = relative_pose_from_matches(*points, batch.K0, batch.K1, confidence, robust=kernel)
+        found.insert(0, (estimate.T_0to1, estimate.valid))
     errors = []
-    for T, valid in ((weighted.T_0to1, weighted.valid), (consensus.model_0to1, consensus.valid)):
+    for T, valid in found:
         turn = rotation_angle(T[:, :3, :3], batch.T_0to1[:, :3, :3])
         slide = translation_direction_angle(T[:, :3, 3], batch.T_0to1[:, :3, 3])
         errors.append(torch.where(valid, torch.rad2deg(torch.maximum(turn, slide)), torch.inf))
@@ -264,8 +271,8 @@ def _pose_errors(batch: SceneBatch, points: Points, confidence: Tensor) -> list[
 
 
 def _setup(options: argparse.Namespace, tuning: int, held_out: int) -> dict[str, Any]:
-    local = ("photos", "json", "weights", "variants", "rates")
-    objective_options = dataclasses.asdict(EndToEndConfig())
+    local = ("photos", "json", "models", "weights", "variants", "rates")
+    objective_options = dataclasses.asdict(EndToEndConfig(robust="cauchy", robust_scale=ROBUST_SCALE))
     del objective_options["mode"]
     return {
         **{key: value for key, value in vars(options).items() if key not in local},
@@ -290,7 +297,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--photos", type=Path, required=True, help="folder of photographs")
     parser.add_argument("--task", choices=list(THRESHOLDS), default="homography")
-    parser.add_argument("--change", choices=list(CHANGES), default="solarise", help="of the look of image 1")
+    parser.add_argument("--change", choices=list(CHANGES), default="blur", help="of the look of image 1")
     parser.add_argument("--variants", nargs="*", default=None, help="end_to_end, hard, soft, supervised")
     parser.add_argument("--rates", nargs="*", default=[], metavar="VARIANT=RATE", help="learning rates")
     parser.add_argument("--steps", type=int, default=100)
@@ -298,11 +305,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--pairs", type=int, default=192, help="held-out pairs measured")
     parser.add_argument("--threshold", type=float, default=0.05, help="of the matches that are tuned through")
+    parser.add_argument(
+        "--neighbourhood", type=int, default=1, help="cells of the coarse expectation that is tuned through"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--weights", default="small", help="start, as EfficientLoFTR.from_pretrained takes it"
     )
     parser.add_argument("--validate", action="store_true", help="measure on training photographs")
+    parser.add_argument("--models", type=Path, default=None, help="folder for the tuned weights")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     options.rates = {**RATES[options.task], **{k: float(v) for k, v in (x.split("=") for x in options.rates)}}
@@ -312,8 +323,8 @@ def _options() -> argparse.Namespace:
 
 
 RATES = {  # chosen on training photographs, see docs/tutorials/end_to_end.md
-    "homography": {"end_to_end": 1e-4, "supervised": 3e-4, "hard": 1e-4},
-    "pose": {"end_to_end": 1e-4, "hard": 1e-4},
+    "homography": {"end_to_end": 3e-4, "supervised": 1e-4, "hard": 3e-4},
+    "pose": {"end_to_end": 3e-4, "hard": 3e-4},
 }
 
 
