@@ -323,8 +323,8 @@ def _options() -> argparse.Namespace:
 
 
 RATES = {  # chosen on training photographs, see docs/tutorials/end_to_end.md
-    "homography": {"end_to_end": 3e-4, "supervised": 1e-4, "hard": 3e-4},
-    "pose": {"end_to_end": 3e-4, "hard": 3e-4},
+    "homography": {"end_to_end": 1e-4, "supervised": 1e-4, "hard": 3e-4},
+    "pose": {"end_to_end": 1e-4, "hard": 1e-4},
 }
 
 
