@@ -23,14 +23,22 @@ class ConvBatchNorm(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, kernel_size: int, stride: int) -> None:
         super().__init__()
+        # A strided 1x1 convolution reads every stride-th position only: picking them first gives the same values and
+        # avoids oneDNN's backward of it on channels-last input, which corrupts memory at some sizes (torch 2.13).
+        self.picked = stride if kernel_size == 1 else 1
         self.conv = nn.Conv2d(
-            channels_in, channels_out, kernel_size, stride, padding=kernel_size // 2, bias=False
+            channels_in,
+            channels_out,
+            kernel_size,
+            stride // self.picked,
+            padding=kernel_size // 2,
+            bias=False,
         )
         self.bn = nn.BatchNorm2d(channels_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
-        return self.bn(self.conv(x))  # type: ignore[no-any-return]
+        return self.bn(self.conv(x[..., :: self.picked, :: self.picked]))  # type: ignore[no-any-return]
 
 
 class RepVGGBlock(nn.Module):
@@ -100,8 +108,7 @@ class RepVGG(nn.Module):
         Every stride-2 convolution is centred on the even positions: cell (column, row) of the map at 1/s sits on
         pixel (s column, s row).
         """
-        # A one-channel image counts as channels-last too; the plain layout avoids a faulty backward of oneDNN's
-        # 1x1 stride-2 convolution for it (seen with torch 2.13).
+        # A one-channel image counts as channels-last too: state its layout instead of leaving it to strides.
         x = image.contiguous(memory_format=torch.contiguous_format)
         x = self.stages[0](x).contiguous(memory_format=torch.channels_last)
         half = self.stages[1](x)
