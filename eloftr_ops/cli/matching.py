@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``eloftr-ops match`` and ``eloftr-ops demo``.
-
-Exit codes: 0 done, no match found included; 2 bad usage or input, with one line that says what to do; 1 anything else.
-"""
+"""``eloftr-ops match`` and ``eloftr-ops demo``: from two image files to a file of matches."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import enum
 import importlib.resources
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -21,21 +17,22 @@ import numpy.typing as npt
 import torch
 import typer
 from rich.console import Console
-from rich.text import Text
 from torch import Tensor
 
-from eloftr_ops._version import __version__
 from eloftr_ops.checks import MIN_SIZE
+from eloftr_ops.cli.common import (
+    Device,
+    Threads,
+    UsageError,
+    Weights,
+    describe_device,
+    load_matcher,
+    print_line,
+    reported_mistakes,
+)
 from eloftr_ops.io import MATCH_SUFFIXES, FileError, LoadedImage, check_output, read_image, write_matches
 from eloftr_ops.matcher import EfficientLoFTR
 from eloftr_ops.visualization import PICTURE_SUFFIXES, draw_matches
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-    help="EfficientLoFTR: match two images.",
-)
 
 
 class Model(str, enum.Enum):
@@ -47,10 +44,6 @@ class Model(str, enum.Enum):
 
 
 _MATRIX = {Model.homography: "H_0to1", Model.fundamental: "F_0to1"}
-
-
-class _UsageError(Exception):
-    """The user's mistake, in words for the user."""
 
 
 @dataclass(frozen=True)
@@ -78,26 +71,6 @@ class _Result(NamedTuple):
     seconds: float
 
 
-_Weights = Annotated[
-    str, typer.Option(help="'small' (embedded), a file, a folder or a Hugging Face repository.")
-]
-_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
-_Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")]
-
-
-@app.callback(invoke_without_command=True)
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """EfficientLoFTR: match two images."""
-    if version:
-        typer.echo(f"eloftr-ops {__version__}")
-        raise typer.Exit
-
-
-@app.command()
 def match(
     image0: Annotated[Path, typer.Argument(help="First image.", show_default=False)],
     image1: Annotated[Path, typer.Argument(help="Second image.", show_default=False)],
@@ -107,14 +80,14 @@ def match(
     viz: Annotated[
         Path | None, typer.Option(help="Write a picture: .png, .jpg, .webp, .pdf or .svg.")
     ] = None,
-    weights: _Weights = "small",
+    weights: Weights = "small",
     resize: Annotated[
         int,
         typer.Option(
             min=0, help="Reduce longer images to this long side, in pixels, to match them; 0: never."
         ),
     ] = 640,
-    device: _Device = "auto",
+    device: Device = "auto",
     threshold: Annotated[
         float | None, typer.Option(help="Least confidence of a match; the weights' own by default.")
     ] = None,
@@ -125,12 +98,12 @@ def match(
     inlier_threshold: Annotated[
         float, typer.Option(help="Largest error of an inlier, in pixels of the images as matched.")
     ] = 1.5,
-    threads: _Threads = None,
+    threads: Threads = None,
 ) -> None:
     """Match two images; keypoints are in pixels of the images as they are stored, upright."""
     settings = _Settings(weights, resize, device, threshold, max_matches, model, inlier_threshold, threads)
     console = Console(highlight=False)
-    with _reported_mistakes():
+    with reported_mistakes():
         if output is not None:
             check_output(output, MATCH_SUFFIXES)
         if viz is not None:
@@ -140,20 +113,19 @@ def match(
         _match_and_report(console, (str(image0), str(image1)), pair, settings, output, viz)
 
 
-@app.command()
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Folder to write into; made if it is missing.")] = (
         Path("eloftr-demo")
     ),
-    weights: _Weights = "small",
-    device: _Device = "auto",
-    threads: _Threads = None,
+    weights: Weights = "small",
+    device: Device = "auto",
+    threads: Threads = None,
 ) -> None:
     """Match a bundled pair of images, write the matches and a picture, and compare with the true homography."""
     settings = _Settings(weights=weights, device=device, model=Model.homography, threads=threads)
     console = Console(highlight=False)
     assets = importlib.resources.files("eloftr_ops") / "assets"
-    with _reported_mistakes(), contextlib.ExitStack() as stack:
+    with reported_mistakes(), contextlib.ExitStack() as stack:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -166,33 +138,14 @@ def demo(
     truth = json.loads((assets / "demo.json").read_text(encoding="utf-8"))["H_0to1"]
     if result.matrix is not None:
         error_px = _corner_error(result.matrix, np.array(truth), pair[0].original_size_wh)
-        _line(
+        print_line(
             console, "corner error", f"{error_px:.2f} px, mean over the four corners, to the true homography"
         )
 
 
-@contextlib.contextmanager
-def _reported_mistakes() -> Iterator[None]:
-    try:
-        yield
-    except (_UsageError, FileError) as error:
-        message = str(error)
-    except torch.OutOfMemoryError:
-        message = "out of GPU memory at this image size. Pass a smaller --resize, or --device cpu."
-    else:
-        return
-    Console(stderr=True, highlight=False).print(
-        Text.assemble(("Error: ", "bold red"), message), soft_wrap=True
-    )
-    raise typer.Exit(2)
-
-
 def _check_numbers(settings: _Settings) -> None:
-    threshold = settings.threshold
-    if threshold is not None and not 0 <= threshold < float("inf"):
-        raise _UsageError(f"--threshold: expected a confidence of 0 or more, got {threshold}.")
     if not 0 < settings.inlier_threshold < float("inf"):
-        raise _UsageError(f"--inlier-threshold: expected a positive number, got {settings.inlier_threshold}.")
+        raise UsageError(f"--inlier-threshold: expected a positive number, got {settings.inlier_threshold}.")
 
 
 def _readable(path: Path, resize: int) -> LoadedImage:
@@ -200,7 +153,7 @@ def _readable(path: Path, resize: int) -> LoadedImage:
     if min(loaded.size_wh) < MIN_SIZE:
         width, height = loaded.size_wh
         reduced = loaded.size_wh != loaded.original_size_wh
-        raise _UsageError(
+        raise UsageError(
             f"{path}: {width}x{height} pixels{f' after --resize {resize}' if reduced else ''}, expected at least "
             f"{MIN_SIZE} on each side.{' Pass a larger --resize.' if reduced else ''}"
         )
@@ -215,21 +168,25 @@ def _match_and_report(
     output: Path | None,
     viz: Path | None,
 ) -> _Result:
-    matcher = _load_matcher(settings)
+    matcher = load_matcher(
+        settings.weights, settings.device, threads=settings.threads, threshold=settings.threshold
+    )
     result = _match(matcher, pair, settings)
     for side, name, loaded in zip("01", names, pair, strict=True):
         width, height = loaded.original_size_wh
         reduced = "" if loaded.size_wh == loaded.original_size_wh else " as {}x{}".format(*loaded.size_wh)
-        _line(console, f"image {side}", f"{name}  {width}x{height}{reduced}")
+        print_line(console, f"image {side}", f"{name}  {width}x{height}{reduced}")
     count = len(result.confidence)
-    _line(
+    print_line(
         console,
         "matches",
         f"{count}" if count else "0: no match above the threshold; try a lower --threshold",
     )
-    _line(console, "time", f"{result.seconds:.2f} s on {_describe(next(matcher.parameters()).device)}")
+    print_line(
+        console, "time", f"{result.seconds:.2f} s on {describe_device(next(matcher.parameters()).device)}"
+    )
     if settings.model is not Model.none and count:
-        _line(console, settings.model.value, _describe_inliers(result, settings))
+        print_line(console, settings.model.value, _describe_inliers(result, settings))
     if output is not None:
         matrices = {} if result.matrix is None else {_MATRIX[settings.model]: result.matrix}
         write_matches(
@@ -242,48 +199,14 @@ def _match_and_report(
             inliers=result.inliers,
             matrices=matrices,
         )
-        _line(console, "written", str(output))
+        print_line(console, "written", str(output))
     if viz is not None:
         inliers = None if result.matrix is None else result.inliers
         # At the size that was matched, where a picture of a huge photo stays a picture.
         images = (pair[0].image, pair[1].image)
         draw_matches(*images, result.keypoints0, result.keypoints1, result.confidence, inliers, path=viz)
-        _line(console, "written", str(viz))
+        print_line(console, "written", str(viz))
     return result
-
-
-def _load_matcher(settings: _Settings) -> EfficientLoFTR:
-    device = _device(settings.device)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    try:
-        matcher = EfficientLoFTR.from_pretrained(settings.weights)
-    except (ValueError, TypeError, OSError) as error:
-        raise _UsageError(f"--weights {settings.weights}: {error}") from error
-    matcher = matcher.fuse().to(device)
-    if settings.threshold is not None:
-        try:
-            matcher.config = matcher.config.replace(threshold=settings.threshold)
-        except ValueError as error:
-            raise _UsageError(f"--{error}") from error
-    return matcher
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # it must give results back, too
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-    ) as error:  # unknown, not built in, or not present
-        raise _UsageError(
-            f"--device {name}: not a device that PyTorch can use here. Pass auto or cpu."
-        ) from error
-    return device
 
 
 def _match(matcher: EfficientLoFTR, pair: tuple[LoadedImage, LoadedImage], settings: _Settings) -> _Result:
@@ -351,25 +274,9 @@ def _corner_error(
     return float(np.linalg.norm(mapped[0] - mapped[1], axis=1).mean())
 
 
-def _describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return (
-        f"{device.type}, {threads} thread{'s' if threads > 1 else ''}"
-        if device.type == "cpu"
-        else device.type
-    )
-
-
 def _describe_inliers(result: _Result, settings: _Settings) -> str:
     if result.inliers is None or result.matrix is None:
         other = "; try --model homography" if settings.model is Model.fundamental else ""
         return f"not determined by the {len(result.confidence)} matches{other}"
     count = int(result.inliers.sum())
     return f"{count} inliers ({count / len(result.inliers):.0%}) within {settings.inlier_threshold:g} px"
-
-
-def _line(console: Console, label: str, value: str) -> None:
-    # As Text, a path with brackets in it is not taken for markup.
-    console.print(Text.assemble((f"{label:<13}", "bold"), value), soft_wrap=True)
