@@ -44,8 +44,10 @@ from eloftr_ops.geometry import (
     relative_pose_from_matches,
 )
 from eloftr_ops.losses import corner_error_loss, rotation_angle, translation_direction_angle
+from eloftr_ops.training.batches import batch_of_rendered
+from eloftr_ops.training.config import LossConfig
 from eloftr_ops.training.end_to_end import EndToEndConfig, finite_step, homography_objective, pose_objective
-from eloftr_ops.training.supervised import TrainingConfig, batch_losses
+from eloftr_ops.training.objective import batch_losses
 
 Points = tuple[Tensor, Tensor, Tensor]  # keypoints0, keypoints1, batch_indexes
 
@@ -173,8 +175,9 @@ def objective(
     if variant == "supervised":
         if isinstance(batch, SceneBatch):
             raise ValueError("variant: supervised tuning is that of the homography task.")
-        config = TrainingConfig(bfloat16=False)
-        losses = batch_losses(model, batch._replace(image1=image1), config, generator, fine=True).losses
+        config = LossConfig(windows=128, fine_weight=0.25)
+        seeds = torch.randint(2**62, (len(image1),), generator=generator).tolist()
+        losses = batch_losses(model, batch_of_rendered(batch._replace(image1=image1), seeds), config)
         return losses.coarse + config.fine_weight * (losses.pixel + config.subpixel_weight * losses.subpixel)
     through = EndToEndConfig(mode=MODES[variant], robust="cauchy", robust_scale=ROBUST_SCALE)
     if isinstance(batch, SceneBatch):

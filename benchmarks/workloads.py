@@ -167,22 +167,21 @@ def _training(case: PairCase, context: Context) -> list[Contender]:
 
     def build(name: str, gated: bool) -> Run:
         from eloftr_ops.data.synthetic import HomographyBatch
-        from eloftr_ops.training.supervised import TrainingConfig, batch_losses
+        from eloftr_ops.training.batches import batch_of_rendered
+        from eloftr_ops.training.objective import batch_losses
 
         model = matchers.load("eloftr_ops small fp32", context).model
         model = type(model)(model.config).to(context.device).train()  # three branches, as in training
         image0, image1 = matchers.images(case.size, case.batch, context.device)
         valid = torch.ones_like(image0, dtype=torch.bool)
         identity = torch.eye(3, device=context.device).repeat(case.batch, 1, 1)
-        batch, config = HomographyBatch(image0, image1, identity, valid, valid), TrainingConfig()
+        batch = batch_of_rendered(HomographyBatch(image0, image1, identity, valid, valid))
 
         def run() -> None:
             with torch.autocast(context.device.type, torch.bfloat16, enabled=name.endswith("bf16")):
-                losses = batch_losses(
-                    model, batch, config, torch.Generator().manual_seed(0), fine=True
-                ).losses
+                losses = batch_losses(model, batch)
             model.zero_grad(set_to_none=True)
-            sum(losses, start=losses[0].new_zeros(())).backward()
+            (losses.coarse + losses.pixel + losses.subpixel).backward()
 
         return run
 

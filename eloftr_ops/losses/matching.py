@@ -7,7 +7,7 @@ windows are those of a sample of true pairs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from eloftr_kernels import pair_scores
 from eloftr_kernels.window_match import pixel_log_joint, subpixel_expectation, windows
 from eloftr_ops.config import EfficientLoFTRConfig
 from eloftr_ops.types import CoarsePairs, CoarseScores, WindowTargets
+
+Reduction = Literal["mean", "sum", "none"]
 
 
 class MatchingLosses(NamedTuple):
@@ -32,13 +34,24 @@ def coarse_focal_loss(
     config: EfficientLoFTRConfig,
     *,
     gamma: float = 2.0,
+    reduction: Reduction = "mean",
 ) -> tuple[Tensor, Tensor]:
-    r"""Mean of :math:`-(1 - c)^\gamma \log c` over true pairs, c their dual-softmax confidence.
+    r""":math:`-(1 - c)^\gamma \log c` at the M true pairs, c their dual-softmax confidence.
 
     Evaluated from :math:`\log c`, so value and gradient stay finite at c = 0 and c = 1. No pair: zero.
 
+    Args:
+        scores: of the matcher.
+        pairs: the true pairs.
+        config: temperature.
+        gamma: of the focal loss.
+        reduction: "mean" and "sum" over the pairs give scalars, "none" gives (M,).
+
     Returns:
-        The loss, and the mean of c (without gradient) to watch.
+        The loss, and c (without gradient) to watch, reduced alike.
+
+    Raises:
+        ValueError: unknown reduction.
     """
     log_confidence = pair_scores(
         scores.features0,
@@ -49,7 +62,7 @@ def coarse_focal_loss(
         scores.col_lse,
     ).clamp(max=0)  # rounding can put a certain pair above probability one
     weight = (-torch.expm1(log_confidence)).pow(gamma)
-    return _mean(-weight * log_confidence), _mean(log_confidence.detach().exp())
+    return _reduced(-weight * log_confidence, reduction), _reduced(log_confidence.detach().exp(), reduction)
 
 
 def window_losses(
@@ -58,6 +71,8 @@ def window_losses(
     pairs: CoarsePairs,
     targets: WindowTargets,
     config: EfficientLoFTRConfig,
+    *,
+    reduction: Reduction = "mean",
 ) -> tuple[Tensor, Tensor]:
     """Pixel-level and sub-pixel loss in the windows of true pairs.
 
@@ -67,9 +82,13 @@ def window_losses(
         pairs: the M cell pairs whose windows are looked at.
         targets: (M, 64) true pixel of image 1 for each window pixel of image 0, and the offset left over.
         config: channel split and temperatures.
+        reduction: "mean" and "sum" over the N visible targets give scalars, "none" gives (N,).
 
     Returns:
-        Two scalars, zero where there is no target.
+        The two losses; as scalars zero where there is no target.
+
+    Raises:
+        ValueError: unknown reduction.
     """
     channels, kept = fine0.shape[1], config.subpixel_channels
     windows0 = windows(fine0, pairs.batch, pairs.cells0, ring=0)
@@ -77,7 +96,7 @@ def window_losses(
     log_joint = pixel_log_joint(windows0[..., :-kept], windows1[..., :-kept], channels)
     match, pixel0 = targets.visible.nonzero(as_tuple=True)
     pixel1, offset = targets.pixels1[match, pixel0], targets.offsets[match, pixel0]
-    pixel = _mean(-log_joint[match, pixel0, pixel1])
+    pixel = _reduced(-log_joint[match, pixel0, pixel1], reduction)
     expected = subpixel_expectation(
         windows0[..., -kept:],
         windows1[..., -kept:],
@@ -87,8 +106,12 @@ def window_losses(
         config.centred_subpixel,
         match,
     )
-    return pixel, _mean((expected - offset).square().sum(-1))
+    return pixel, _reduced((expected - offset).square().sum(-1), reduction)
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.sum() / max(1, x.numel())
+def _reduced(x: Tensor, reduction: Reduction) -> Tensor:
+    if reduction == "none":
+        return x
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: expected mean, sum or none, got {reduction!r}.")
+    return x.sum() / (max(1, x.numel()) if reduction == "mean" else 1)

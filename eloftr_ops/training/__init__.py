@@ -1,2 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ground truth for training, and the training loop."""
+"""Ground truth, losses and the training loop; ``docs/training.md`` tells how to use them.
+
+``config`` and ``config_file`` (what a run is), ``data`` and ``batches`` (which pairs), ``supervision`` (true matches),
+``objective`` and ``end_to_end`` (losses), ``trainer`` (a step over all processes), ``loop`` (a run), ``checkpoints``.
+Needs the extra ``train``, but for ``supervision``, ``objective`` and ``end_to_end``.
+"""

@@ -80,20 +80,27 @@ def homography_objective(
     """
     config = config or EndToEndConfig()
     matches = _match(model, image0, image1, config.mode)
+    height, width = image0.shape[-2:]
+    return homography_objective_of_matches(matches, (height, width), H_gt_0to1, config)
+
+
+def homography_objective_of_matches(
+    matches: Matches, size_hw: tuple[int, int], H_gt_0to1: Tensor, config: EndToEndConfig
+) -> EndToEndLoss:
+    """:func:`homography_objective` of matches that are there already; ``size_hw`` is that of image 0."""
     estimate = homography_from_matches(
         matches.keypoints0,
         matches.keypoints1,
         matches.batch_indexes,
-        len(image0),
+        len(H_gt_0to1),
         matches.confidence,
         robust=config.robust,
         robust_scale=config.robust_scale,
     )
-    height, width = image0.shape[-2:]
     per_pair = corner_error_loss(
         estimate.H_0to1,
         H_gt_0to1,
-        (height, width),
+        size_hw,
         valid=estimate.valid,
         saturation=config.corner_saturation,
         reduction="none",
@@ -133,6 +140,13 @@ def pose_objective(
     """
     config = config or EndToEndConfig()
     matches = _match(model, image0, image1, config.mode)
+    return pose_objective_of_matches(matches, K0, K1, T_gt_0to1, config)
+
+
+def pose_objective_of_matches(
+    matches: Matches, K0: Tensor, K1: Tensor, T_gt_0to1: Tensor, config: EndToEndConfig
+) -> EndToEndLoss:
+    """:func:`pose_objective` of matches that are there already."""
     estimate = relative_pose_from_matches(
         matches.keypoints0,
         matches.keypoints1,

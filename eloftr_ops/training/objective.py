@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a batch costs: first labels, without gradient, then sums of losses at them.
+
+Losses are means over the true pairs and targets of the *joined* batch of all processes and accumulated parts. A part
+therefore gives sums and counts; whoever knows all counts divides.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from eloftr_ops.coarse import select_matches
+from eloftr_ops.losses.matching import coarse_focal_loss, window_losses
+from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.training.batches import DEPTH, HOMOGRAPHY, POSE, TrainingBatch
+from eloftr_ops.training.config import LossConfig
+from eloftr_ops.training.end_to_end import homography_objective_of_matches, pose_objective_of_matches
+from eloftr_ops.training.supervision import (
+    pad_with_true_pairs,
+    pairs_consistent_with_pose,
+    pairs_from_depth,
+    pairs_from_homography,
+    window_targets_from_depth,
+    window_targets_from_homography,
+)
+from eloftr_ops.types import CoarsePairs, Matches, WindowTargets
+
+TERMS = ("coarse", "pixel", "subpixel", "homography", "pose")
+
+
+class Labels(NamedTuple):
+    """What the losses of a batch look at; no gradient."""
+
+    pairs: CoarsePairs  # true pairs of cells, ascending in the pair of images
+    predicted: CoarsePairs | None  # the matcher's own, where labels need them
+    windows: CoarsePairs | None = None  # pairs whose windows the fine losses look at; None: no fine losses
+    targets: WindowTargets | None = None  # true pixels in them
+
+
+class BatchLosses(NamedTuple):
+    """Scalars; each is a mean over what it counts in the batch, zero with zero gradient where that is nothing."""
+
+    coarse: Tensor  # focal loss at true pairs of cells
+    pixel: Tensor  # negative log-likelihood of true pixels
+    subpixel: Tensor  # squared distance, pixels, of the sub-pixel offsets
+    homography: Tensor  # corner error, pixels, of estimated homographies
+    pose: Tensor  # error, radians, of estimated poses
+    confidence: Tensor  # mean confidence of the true pairs, without gradient
+
+
+def batch_losses(
+    matcher: EfficientLoFTR, batch: TrainingBatch, config: LossConfig | None = None, *, fine: bool = True
+) -> BatchLosses:
+    """All losses of one batch in one process; for experiments, and what training does otherwise part by part.
+
+    Args:
+        matcher: in training or evaluation mode, which decides on BatchNorm.
+        batch: for instance of ``batch_of_rendered``.
+        config: what to look at; its weights only decide whether the end-to-end terms are computed.
+        fine: run the fine stage.
+    """
+    config = config or LossConfig()
+    labels = coarse_labels(matcher, batch, config, fine=fine)
+    if fine:
+        labels = fine_labels(batch, labels, config, len(labels.pairs.batch))
+    sums, confidence = loss_sums(matcher, batch, labels, config)
+    counts = label_counts(batch, labels).clamp_min(1).to(sums)
+    return BatchLosses(*torch.cat([sums / counts, (confidence / counts[0])[None].to(sums)]).unbind())
+
+
+def term_weights(config: LossConfig) -> list[float]:
+    """Weights of the terms, in the order of ``TERMS``."""
+    subpixel = config.fine_weight * config.subpixel_weight
+    return [1.0, config.fine_weight, subpixel, config.homography_weight, config.pose_weight]
+
+
+@torch.no_grad()
+def coarse_labels(
+    matcher: EfficientLoFTR, batch: TrainingBatch, config: LossConfig, *, fine: bool = True
+) -> Labels:
+    """True pairs of cells by homography, depth or, where only the pose is known, by the matcher's own proposals."""
+    grid0, grid1 = batch.grids
+    kinds = set(batch.kinds.tolist())
+    valid0, valid1 = _valid_cells(batch.valid0, grid0), _valid_cells(batch.valid1, grid1)
+    predicted = None
+    if POSE in kinds or (config.padding and fine):
+        predicted = _predicted_pairs(matcher, batch)
+    found = []
+    for kind in sorted(kinds):
+        valid = valid0 & (batch.kinds == kind)[:, None, None]
+        if kind == HOMOGRAPHY:
+            found.append(pairs_from_homography(batch.H_0to1, grid0, grid1, valid, valid1))
+        elif kind == DEPTH:
+            found.append(
+                pairs_from_depth(
+                    batch.depth_labels(), grid0, grid1, valid, valid1, tolerance=config.depth_tolerance
+                )
+            )
+        elif predicted is not None:
+            proposed = _chosen(predicted, valid.flatten(1)[predicted.batch, predicted.cells0])
+            found.append(
+                pairs_consistent_with_pose(
+                    proposed,
+                    batch.K0,
+                    batch.K1,
+                    batch.T_0to1,
+                    grid0,
+                    grid1,
+                    max_distance=config.pose_distance,
+                )
+            )
+    pairs = CoarsePairs(*(torch.cat(fields) for fields in zip(*found, strict=True)))
+    order = pairs.batch.argsort(stable=True)
+    return Labels(_chosen(pairs, order), predicted)
+
+
+@torch.no_grad()
+def fine_labels(batch: TrainingBatch, labels: Labels, config: LossConfig, total: int) -> Labels:
+    """Adds the windows of the fine losses, and the true pixels in them.
+
+    Args:
+        batch: the pairs.
+        labels: of :func:`coarse_labels`.
+        config: number of windows, padding.
+        total: true pairs of cells in the joined batch; ``windows`` of them are taken, on average. What is drawn for a
+            pair of images comes from its own seed.
+    """
+    grid0, grid1 = batch.grids
+    with_pixels = _chosen(labels.pairs, batch.kinds[labels.pairs.batch] != POSE)
+    if config.padding and labels.predicted is not None:
+        windows = _padded_windows(batch, with_pixels, labels.predicted, config)
+    else:
+        counts = with_pixels.batch.bincount(minlength=len(batch.kinds)).tolist()
+        drawn = [
+            torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            for count, seed in zip(counts, batch.seeds.tolist(), strict=True)
+        ]
+        kept = torch.cat(drawn) * total < config.windows
+        windows = _chosen(with_pixels, kept.to(with_pixels.batch.device))
+    by_homography = (batch.kinds[windows.batch] == HOMOGRAPHY)[:, None]
+    flat = window_targets_from_homography(batch.H_0to1, windows, grid0, grid1)
+    if bool((batch.kinds == DEPTH).any()):
+        deep = window_targets_from_depth(
+            batch.depth_labels(), windows, grid0, grid1, tolerance=config.depth_tolerance
+        )
+        flat = WindowTargets(
+            torch.where(by_homography, flat.visible, deep.visible),
+            torch.where(by_homography, flat.pixels1, deep.pixels1),
+            torch.where(by_homography[..., None], flat.offsets, deep.offsets),
+        )
+    return labels._replace(windows=windows, targets=flat)
+
+
+def label_counts(batch: TrainingBatch, labels: Labels) -> Tensor:
+    """(5,) int64, in the order of ``TERMS``: what each loss is the mean over."""
+    pixels = batch.kinds.new_zeros(()) if labels.targets is None else labels.targets.visible.sum()
+    flat = (batch.kinds == HOMOGRAPHY).sum()
+    return torch.stack(
+        [pixels.new_tensor(len(labels.pairs.batch)), pixels, pixels, flat, len(batch.kinds) - flat]
+    )
+
+
+def loss_sums(
+    matcher: EfficientLoFTR, batch: TrainingBatch, labels: Labels, config: LossConfig
+) -> tuple[Tensor, Tensor]:
+    """Sums (5,) of the losses in the order of ``TERMS``, and the sum of the true pairs' confidences.
+
+    Pairs of images whose matches determine no homography or pose cost zero in those two terms, and count.
+    """
+    end_to_end = config.homography_weight > 0 or config.pose_weight > 0
+    features0, features1 = matcher.pair_features(batch.matcher_input())
+    maps = matcher.match_maps(features0, features1, with_best=end_to_end)
+    coarse, confidence = coarse_focal_loss(maps.scores, labels.pairs, matcher.config, reduction="sum")
+    pixel = subpixel = homography = pose = coarse.new_zeros(())
+    if labels.windows is not None and labels.targets is not None:
+        fine0, fine1 = matcher.fine_maps(features0, features1, maps)
+        pixel, subpixel = window_losses(
+            fine0, fine1, labels.windows, labels.targets, matcher.config, reduction="sum"
+        )
+    if end_to_end:
+        matches = matcher.matches_from_maps(features0, features1, maps, config.end_to_end.mode)
+        homography, pose = _geometric_sums(matches, batch, config)
+    terms = (coarse, pixel, subpixel, homography, pose)
+    return torch.stack([term.to(coarse.dtype) for term in terms]), confidence
+
+
+class Part:
+    """What the objective gets: a plain object, whose tensors wrappers leave alone.
+
+    Fabric casts every floating point tensor that it finds among a module's inputs to the reduced precision, labels
+    included.
+    """
+
+    def __init__(self, batch: TrainingBatch | None, labels: Labels | None, counts: Tensor) -> None:
+        self.batch, self.labels, self.counts = batch, labels, counts  # counts: (5,) of the joined batch
+
+
+class Objective(nn.Module):
+    """The weighted loss of one part of a step, as the module that is wrapped for several processes.
+
+    Args:
+        matcher: what is trained.
+        config: what is learnt.
+        touch_all: give every parameter a gradient, zero where a part does not use it: processes that average their
+            gradients wait for each other's.
+    """
+
+    def __init__(self, matcher: EfficientLoFTR, config: LossConfig, *, touch_all: bool) -> None:
+        super().__init__()
+        self.matcher, self.config, self.touch_all = matcher, config, touch_all
+
+    def forward(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Loss of the part, and its sums (6,): the terms, then the confidence of true pairs, without gradient."""
+        batch, labels, counts = part.batch, part.labels, part.counts
+        zero = counts.new_zeros((), dtype=torch.float32)
+        if self.touch_all or batch is None:
+            zero = torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0
+        if batch is None or labels is None:
+            return zero, zero.detach().expand(len(TERMS) + 1).clone()
+        sums, confidence = loss_sums(self.matcher, batch, labels, self.config)
+        weights = sums.new_tensor(term_weights(self.config)) / counts.clamp_min(1).to(sums)
+        # A term of weight zero must not carry its infinities into the loss.
+        loss = torch.where(weights > 0, sums * weights, 0).sum() + zero
+        return loss, torch.cat([sums.detach(), confidence[None].to(sums)])
+
+
+def _geometric_sums(matches: Matches, batch: TrainingBatch, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """Sums of the end-to-end losses, each over the pairs that it has the truth of."""
+    flat = batch.kinds == HOMOGRAPHY
+    homography = pose = matches.confidence.new_zeros(())
+    height, width = batch.image0.shape[-2:]
+    if config.homography_weight > 0:
+        result = homography_objective_of_matches(matches, (height, width), batch.H_0to1, config.end_to_end)
+        homography = torch.where(flat, result.per_pair, 0).sum()
+    if config.pose_weight > 0:
+        result = pose_objective_of_matches(matches, batch.K0, batch.K1, batch.T_0to1, config.end_to_end)
+        pose = torch.where(flat, 0, result.per_pair).sum()
+    return homography, pose
+
+
+def _predicted_pairs(matcher: EfficientLoFTR, batch: TrainingBatch) -> CoarsePairs:
+    """What the matcher matches now, in evaluation mode, in which pairs do not depend on each other."""
+    modes = {module: module.training for module in matcher.modules()}
+    matcher.eval()
+    try:
+        maps = matcher.match_maps(*matcher.pair_features(batch.matcher_input()))
+        if maps.best is None:
+            raise ValueError("maps: expected best cells, got none.")
+        matches = select_matches(maps.scores, maps.best, *maps.grids, maps.mask0, maps.mask1, matcher.config)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return CoarsePairs(matches.batch, matches.cells0, matches.cells1)
+
+
+def _padded_windows(
+    batch: TrainingBatch, true: CoarsePairs, predicted: CoarsePairs, config: LossConfig
+) -> CoarsePairs:
+    """Ground-truth padding of each pair of images with its share of the windows."""
+    share = max(1, config.windows // batch.joined)
+    least = min(share, round(config.least_true * share))
+    parts = []
+    for index, (seed, kind) in enumerate(zip(batch.seeds.tolist(), batch.kinds.tolist(), strict=True)):
+        if kind != POSE:
+            own = [_chosen(pairs, pairs.batch == index) for pairs in (predicted, true)]
+            parts.append(
+                pad_with_true_pairs(own[0], own[1], share, least, torch.Generator().manual_seed(seed))
+            )
+    if not parts:
+        return _chosen(true, true.batch < 0)
+    return CoarsePairs(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+
+def _valid_cells(valid: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, H, W) bool pixels -> (B, h, w) bool cells; those that complete the image are not valid."""
+    cells = valid[:, ::8, ::8]
+    return nn.functional.pad(cells, (0, grid[1] - cells.shape[2], 0, grid[0] - cells.shape[1]))
+
+
+def _chosen(pairs: CoarsePairs, which: Tensor) -> CoarsePairs:
+    return CoarsePairs(*(field[which] for field in pairs))

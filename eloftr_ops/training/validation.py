@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good the matches are on rendered pairs whose homography is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from kornia.geometry import transform_points
+
+from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.training.batches import TrainingBatch
+from eloftr_ops.types import Matches
+
+
+class Validation(NamedTuple):
+    """Means over the pairs; a match is right within so many pixels of image 1."""
+
+    matches: float  # per pair
+    right_1px: float  # per pair
+    right_3px: float  # per pair
+
+    @property
+    def precision_1px(self) -> float:
+        """Share of the matches; 0 if there are none."""
+        return self.right_1px / max(self.matches, 1e-12)
+
+    @property
+    def precision_3px(self) -> float:
+        """Share of the matches; 0 if there are none."""
+        return self.right_3px / max(self.matches, 1e-12)
+
+    @property
+    def score(self) -> float:
+        """What weights are chosen by: right matches (3 px) per pair, times their share."""
+        return self.right_3px * self.precision_3px
+
+
+@torch.no_grad()
+def validate(matcher: EfficientLoFTR, batches: Iterable[TrainingBatch]) -> Validation:
+    """Match pairs of known homography as at inference: ``hard`` positions, in evaluation mode.
+
+    Args:
+        matcher: left in the mode that it was in.
+        batches: with ``H_0to1``, on any device.
+    """
+    device, training = next(matcher.parameters()).device, matcher.training
+    modes = {module: module.training for module in matcher.modules()}
+    pairs = total = right_1px = right_3px = 0
+    matcher.eval()
+    try:
+        for batch in batches:
+            data = {name: value.to(device) for name, value in batch.matcher_input().items()}
+            matches = Matches(**matcher(data, mode="hard"))
+            pairs += len(batch.kinds)
+            total += len(matches.confidence)
+            H = batch.H_0to1.to(device, torch.float64)[matches.batch_indexes]
+            if len(H):
+                truth = transform_points(H, matches.keypoints0.double()[:, None])[:, 0]
+                error = (truth - matches.keypoints1).norm(dim=-1)
+                right_1px += int((error <= 1).sum())
+                right_3px += int((error <= 3).sum())
+    finally:
+        matcher.train(training)
+        for module, mode in modes.items():
+            module.training = mode
+    pairs = max(pairs, 1)
+    return Validation(total / pairs, right_1px / pairs, right_3px / pairs)

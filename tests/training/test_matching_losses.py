@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The supervised losses are right, finite, and zero where there is nothing to learn from."""
+
+import pytest
+import torch
+
+from eloftr_ops.losses.matching import coarse_focal_loss, window_losses
+from eloftr_ops.training.supervision import (
+    CoarsePairs,
+    pairs_from_homography,
+    sample_pairs,
+    window_targets_from_homography,
+)
+from support.models import tiny_model
+
+
+def test_losses_of_no_pair_are_zero_with_zero_gradient() -> None:
+    model = tiny_model().train()
+    image = torch.rand(1, 1, 64, 64)
+    features = model.pair_features({"image0": image, "image1": image})
+    maps = model.match_maps(*features, with_best=False)
+    none = CoarsePairs(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)))
+    coarse, confidence = coarse_focal_loss(maps.scores, none, model.config)
+    targets = window_targets_from_homography(torch.eye(3)[None], none, *maps.grids)
+    pixel, subpixel = window_losses(*model.fine_maps(*features, maps), none, targets, model.config)
+    assert [x.item() for x in (coarse, confidence, pixel, subpixel)] == [0, 0, 0, 0]
+    (coarse + pixel + subpixel).backward()
+    assert all(p.grad is None or bool((p.grad == 0).all()) for p in model.parameters())
+
+
+def test_focal_loss_agrees_with_the_dense_confidence_matrix() -> None:
+    model = tiny_model(temperature=50.0)  # random features score high: keep the dense softmax representable
+    data = {"image0": torch.rand(1, 1, 64, 64), "image1": torch.rand(1, 1, 64, 96)}
+    maps = model.double().match_maps(*model.pair_features({k: v.double() for k, v in data.items()}))
+    scores = maps.scores
+    dense = scores.features0 @ scores.features1.mT / model.config.temperature
+    confidence = dense.softmax(1) * dense.softmax(2)
+    i, j = torch.tensor([0, 5, 60]), torch.tensor([3, 5, 90])
+    loss, mean = coarse_focal_loss(scores, CoarsePairs(torch.zeros_like(i), i, j), model.config)
+    c = confidence[0, i, j]
+    torch.testing.assert_close(loss, (-((1 - c) ** 2) * c.log()).mean())
+    torch.testing.assert_close(mean, c.mean())
+
+
+def test_true_pairs_of_a_shift_and_their_pixels() -> None:
+    """Image 1 shows image 0 moved by (16, -8) + (0.25, 0): cell (c, r) goes to (c + 2, r - 1), pixels move along."""
+    H = torch.eye(3)[None].clone()
+    H[0, :2, 2] = torch.tensor([16.25, -8.0])
+    pairs = pairs_from_homography(H, (6, 8), (6, 8))
+    assert torch.equal(pairs.cells1, pairs.cells0 + 2 - 8)
+    assert len(pairs.cells0) == 6 * 5
+    targets = window_targets_from_homography(H, pairs, (6, 8), (6, 8))
+    # windows of the first row and column reach off the image
+    inner = (pairs.cells0 % 8 > 0) & (pairs.cells1 // 8 > 0)
+    assert int(inner.sum()) == 20
+    assert targets.visible[inner].all()
+    assert torch.equal(targets.pixels1[inner], torch.arange(64).expand(20, 64))
+    shift = torch.tensor([0.25, 0.0]).expand(20, 64, 2)
+    torch.testing.assert_close(targets.offsets[inner], shift, rtol=0, atol=1e-4)
+    few = sample_pairs(pairs, 7, torch.Generator().manual_seed(0))
+    assert len(few.batch) == 7
+
+
+def test_reductions_agree() -> None:
+    model = tiny_model()
+    image = torch.rand(1, 1, 64, 64)
+    features = model.pair_features({"image0": image, "image1": image})
+    maps = model.match_maps(*features, with_best=False)
+    cells = torch.arange(0, 64, 3)
+    pairs = CoarsePairs(torch.zeros_like(cells), cells, cells)
+    targets = window_targets_from_homography(torch.eye(3)[None], pairs, *maps.grids)
+    fine = model.fine_maps(*features, maps)
+    each = {
+        reduction: (
+            *coarse_focal_loss(maps.scores, pairs, model.config, reduction=reduction),
+            *window_losses(*fine, pairs, targets, model.config, reduction=reduction),
+        )
+        for reduction in ("mean", "sum", "none")
+    }
+    assert [len(values) for values in each["none"]] == [22, 22, *[int(targets.visible.sum())] * 2]
+    for mean, total, values in zip(*each.values(), strict=True):
+        torch.testing.assert_close(total, values.sum())
+        torch.testing.assert_close(mean, values.mean())
+    with pytest.raises(ValueError, match="reduction"):
+        coarse_focal_loss(maps.scores, pairs, model.config, reduction="median")  # type: ignore[arg-type]
