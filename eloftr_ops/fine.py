@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eloftr_kernels import WindowMatches
+from eloftr_kernels.window_match import WINDOW
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode
 from eloftr_ops.types import CoarseMatches, CoarseScores
 
-CELL = 8  # pixels per coarse cell
+CELL = WINDOW  # pixels per side of a coarse cell
 
 
 class FeaturePyramid(nn.Module):

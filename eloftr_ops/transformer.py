@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from eloftr_kernels import aggregated_attention, upsample_mlp
+from eloftr_kernels.aggregated_attention.reference import AGGREGATION as AGGREGATION
 from eloftr_ops.config import EfficientLoFTRConfig
-
-AGGREGATION = 4
 
 
 class AggregatedAttention(nn.Module):

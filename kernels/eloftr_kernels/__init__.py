@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused kernels of EfficientLoFTR with PyTorch references; torch only at import, usable without ``eloftr_ops``."""
+"""Fused kernels of EfficientLoFTR with PyTorch references; torch only at import, usable without ``eloftr_ops``.
+
+Three functions have the name of the folder that holds them, and hide it as an attribute: the modules in there
+are had by ``from eloftr_kernels.window_match import op``, not by ``import eloftr_kernels.window_match.op as op``.
+"""
 
 from eloftr_kernels.aggregated_attention.op import aggregated_attention
 from eloftr_kernels.dispatch import backend

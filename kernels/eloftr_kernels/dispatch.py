@@ -157,6 +157,26 @@ def check_devices(tensors: Mapping[str, Tensor | None]) -> None:
             )
 
 
+def check_indices(indices: Mapping[str, tuple[Tensor, int]]) -> None:
+    """Raise IndexError for an index outside 0 .. size - 1, given (index, size) by name, as far as the host can tell.
+
+    On the CPU every value is read, unless the call is being traced. Elsewhere reading would wait for the device:
+    only an index into nothing is refused, and the op itself has to be safe.
+    """
+    for name, (index, size) in indices.items():
+        if not index.numel():
+            continue
+        if size == 0:
+            raise IndexError(f"{name}: expected no index, since there is nothing to index, got {len(index)}.")
+        if index.device.type != "cpu" or torch.compiler.is_compiling():
+            continue
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= size:
+            raise IndexError(
+                f"{name}: expected 0 to {size - 1}, got {low} to {high}; leave out what lies outside."
+            )
+
+
 def _reach(x: Tensor) -> int:
     """Elements from the first to the last of a strided tensor."""
     return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)

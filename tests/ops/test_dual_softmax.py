@@ -219,6 +219,20 @@ def test_many_launches_and_programs_agree_with_one(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def test_tiles_of_gpus_with_little_shared_memory_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    from eloftr_kernels.dual_softmax import kernel
+
+    f0, f1 = features(1, 140, 40, 24, torch.float16)
+    with backend("triton"):
+        large = with_gradients(joined(), f0, f1)
+        monkeypatch.setattr(kernel, "large_shared_memory", lambda: False)
+        with poisoned_buffers():
+            small = with_gradients(joined(), f0, f1)
+    torch.testing.assert_close(small[0], large[0])
+    for a, b in zip(small[1:], large[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=4e-3 * float(b.abs().max()))  # a few steps of float16
+
+
 def test_a_batch_is_its_pairs_bit_by_bit() -> None:
     f0, f1 = features(3, 40, 30, 24, torch.float16)
     with backend("triton"):
@@ -300,9 +314,8 @@ def test_opcheck() -> None:
     masks = masks_for(2, 20, 17)
     lse = reference.dual_softmax_lse(f0, f1, TEMPERATURE)
     channel_first, sliced = f0.mT.contiguous().mT, torch.cat([f1, f1], 2)[:, :, :24]
-    for x, y in [(f0, f1), (channel_first, sliced)]:
-        leaves = [t.detach().requires_grad_() for t in (x, y)]
-        torch.library.opcheck(op._lse_op, (*leaves, TEMPERATURE, *masks))
+    leaves = [t.detach().requires_grad_() for t in (channel_first, sliced)]
+    torch.library.opcheck(op._lse_op, (*leaves, TEMPERATURE, *masks))
     strided = (channel_first, sliced)
     torch.library.opcheck(op._lse_backward_op, (*lse, *strided, *lse, TEMPERATURE, None, None))
     torch.library.opcheck(op._best_op, (*strided, TEMPERATURE, *lse, *masks))
@@ -416,6 +429,25 @@ def test_bad_input(error: type[Exception], message: str, change: dict[str, objec
     for function in (dual_softmax_lse, mutual_best):
         with pytest.raises(error, match=message):
             function(**{**good, **change})  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["batch", "cells0", "cells1"])
+def test_a_pair_outside_the_features_raises_or_gives_nan(name: str) -> None:
+    f0, f1 = (f.requires_grad_() for f in features(2, 4, 3, 16, torch.float32))
+    good = {key: torch.ones(3, dtype=torch.int64, device=DEVICE) for key in ("batch", "cells0", "cells1")}
+    bad = {**good, name: torch.tensor([-1, 1, 4], device=DEVICE)}
+    if DEVICE.type == "cpu":
+        with pytest.raises(IndexError, match=f"{name}: expected 0 to .*, got -1 to 4"):
+            pair_scores(f0, f1, TEMPERATURE, **bad)
+    compiled = torch.compile(pair_scores, backend="aot_eager", fullgraph=True)  # traced: no index is read
+    scores = compiled(f0, f1, TEMPERATURE, **bad)
+    assert scores.isnan().tolist() == [True, False, True]
+    expected = pair_scores(f0, f1, TEMPERATURE, **{key: index[:1] for key, index in good.items()})
+    torch.testing.assert_close(scores[1:2], expected)
+    got, wanted = (torch.autograd.grad(t.sum(), f0)[0] for t in (scores[1:2], expected))
+    torch.testing.assert_close(got, wanted)
+    with pytest.raises(IndexError, match="cells0: expected no index"):
+        pair_scores(f0[:, :0], f1, TEMPERATURE, **good)
 
 
 def test_bad_input_of_one_function() -> None:

@@ -95,6 +95,13 @@ def test_kernels_at_other_sizes(name: str) -> None:
     check_kernel(CASES[name], torch.float32)
 
 
+def test_the_large_tile_of_gpus_with_much_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eloftr_kernels.dispatch.shared_memory", lambda device: 1 << 18)
+    check_kernel(
+        make(size=(9, 10), batch=1, channels=16, masked=True), torch.float16
+    )  # 90 cells: tiles of 64
+
+
 @pytest.mark.parametrize("layout", ["channels last", "sliced"])
 def test_kernels_follow_strides(layout: str) -> None:
     case = make(channels=16, masked=True)

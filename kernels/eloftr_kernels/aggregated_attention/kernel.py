@@ -18,10 +18,10 @@ from torch import Tensor
 
 from eloftr_kernels import dispatch
 from eloftr_kernels.aggregated_attention.reference import AGGREGATION
+from eloftr_kernels.common import NORM_EPS
 
-CELLS = tl.constexpr(16)  # of a token
-SIDE = tl.constexpr(4)
-NORM_EPS = tl.constexpr(1e-5)
+CELLS = tl.constexpr(AGGREGATION**2)  # of a token
+SIDE = tl.constexpr(AGGREGATION)
 BLOCK_TOKENS = 16  # tokens per program: the fewest rows of a matrix instruction, since tokens are few
 
 
@@ -254,6 +254,8 @@ def forward(
     lse = x.new_empty((batch, num_heads, queries), dtype=torch.float32)
     query_valid, key_valid = (x.new_empty((batch, count), dtype=torch.bool) for count in (queries, keys))
     exact, precision, size = dtype == torch.float32, dispatch.dot_precision(dtype), channels // num_heads
+    # Few channels leave room for a wider tile of outputs, half as many steps.
+    block_o = 16 if exact else 64 if channels <= 128 else 32
     flags = {"C": channels, "HAS_MASK": mask is not None, "HAS_SOURCE_MASK": source_mask is not None}
     if batch:
         _tokens_fwd[2 * triton.cdiv(max(queries, keys), BLOCK_TOKENS), batch](
@@ -262,7 +264,7 @@ def forward(
             norm_weight.contiguous(), norm_bias.contiguous(), q_weight.contiguous(), k_weight.contiguous(),
             v_weight.contiguous(), q if rotary is None else rotary.contiguous(), q, k, v, query_valid, key_valid,
             *x.shape[2:], *x.stride(), *source.shape[2:], *source.stride(), **flags, ROTARY=rotary is not None,
-            BLOCK_T=BLOCK_TOKENS, BLOCK_C=triton.next_power_of_2(channels), BLOCK_O=16 if exact else 32,
+            BLOCK_T=BLOCK_TOKENS, BLOCK_C=triton.next_power_of_2(channels), BLOCK_O=block_o,
             PRECISION=precision, num_warps=8, num_stages=1 if exact else 2,
         )  # fmt: skip
         # Few queries are spread over more programs.

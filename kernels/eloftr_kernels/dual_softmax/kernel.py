@@ -11,13 +11,10 @@ and for every batch.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from eloftr_kernels.dispatch import interpreting
-
-FLOAT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def large_shared_memory() -> bool:
@@ -26,11 +23,6 @@ def large_shared_memory() -> bool:
         return True
     target = triton.runtime.driver.active.get_current_target()
     return target.backend == "cuda" and target.arch in (80, 90, 100, 103)
-
-
-def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Operand type of the products; the interpreter has none for bfloat16."""
-    return tl.float32 if dtype == torch.bfloat16 and interpreting() else FLOAT[dtype]
 
 
 @triton.jit

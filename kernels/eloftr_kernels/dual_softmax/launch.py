@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eloftr_kernels.common import dot_dtype, power_of_2
 from eloftr_kernels.dispatch import dot_precision
 from eloftr_kernels.dual_softmax import kernel
 
@@ -30,7 +31,7 @@ def forward_tiles(dtype: torch.dtype, channels: int, large_shared_memory: bool) 
     """Tiles of the two forward kernels."""
     if dtype == torch.float32:
         return Tiles(64, 64, 32, 4, 2)
-    whole = max(16, _power_of_2(channels))
+    whole = power_of_2(channels)
     if whole > 256:
         return Tiles(64, 64, 64, 4, 2)
     if not large_shared_memory:
@@ -42,12 +43,12 @@ def backward_tiles(dtype: torch.dtype, channels: int, large_shared_memory: bool)
     """Tiles of the backward kernel."""
     if dtype == torch.float32:
         return Tiles(32, 32, 32, 4, 2)
-    whole = max(16, _power_of_2(channels))
+    whole = power_of_2(channels)
     if whole > 256:
         return Tiles(64, 32, 64, 4, 2)
     if not large_shared_memory:
         return Tiles(64, 32, whole, 4, 1)
-    return Tiles(64, 64, whole, 8 if whole > 128 else 4, 2)
+    return Tiles(64, 64, whole, 8, 2)
 
 
 def forward_constants(tiles: Tiles, dtype: torch.dtype, channels: int) -> dict[str, object]:
@@ -58,7 +59,7 @@ def forward_constants(tiles: Tiles, dtype: torch.dtype, channels: int) -> dict[s
         "BLOCK_C": tiles.channels,
         "SPAN": SPAN,
         "WHOLE": tiles.channels >= channels,
-        "DOT": kernel.dot_dtype(dtype),
+        "DOT": dot_dtype(dtype),
         "PRECISION": dot_precision(dtype),
     }
 
@@ -67,9 +68,7 @@ def backward_constants(tiles: Tiles, dtype: torch.dtype, channels: int) -> dict[
     """Compile-time arguments of the backward kernel."""
     constants = forward_constants(tiles, dtype, channels)
     del constants["SPAN"]
-    constants["BLOCK_OUT"] = (
-        tiles.channels if constants["WHOLE"] else min(128, max(16, _power_of_2(channels)))
-    )
+    constants["BLOCK_OUT"] = tiles.channels if constants["WHOLE"] else min(128, power_of_2(channels))
     return constants
 
 
@@ -188,7 +187,3 @@ def _strides(x0: Tensor, x1: Tensor, mask0: Tensor | None, mask1: Tensor | None)
 
 def _blocks(size: int, block: int) -> int:
     return -(-size // block)
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()

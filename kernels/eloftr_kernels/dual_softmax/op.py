@@ -11,6 +11,7 @@ from torch import Tensor
 from eloftr_kernels.dispatch import (
     check_devices,
     check_dtype,
+    check_indices,
     check_shape,
     on_device_of,
     use_triton,
@@ -123,7 +124,9 @@ def pair_scores(
 
     Convention:
         Differentiable in the features and, through the normalisers, in every feature of the other image. No
-        pair gives an empty tensor. Indices out of range raise where PyTorch's indexing does.
+        pair gives an empty tensor. On the CPU an index out of range raises; on a GPU, where reading it would
+        wait for the device, its pair gets NaN and gives no gradient. A call that ``torch.compile`` traces
+        is not checked on the CPU either, and has the NaN.
 
     Returns:
         (M,) float32, or float64 for float64 input.
@@ -131,6 +134,7 @@ def pair_scores(
     Raises:
         ValueError: shapes or devices that do not fit, one normaliser without the other.
         TypeError: feature dtypes that differ, or indices that are not int64.
+        IndexError: on the CPU, an index outside the features.
     """
     _check(features0, features1, temperature, None, None)
     _check_normalisers(features0, features1, row_lse, col_lse)
@@ -138,7 +142,18 @@ def pair_scores(
     for name, index in (("batch", batch), ("cells0", cells0), ("cells1", cells1)):
         check_shape(name, index, (batch.shape[0] if batch.ndim else None,), "(M,)")
         check_dtype(name, index, torch.int64, "convert it with .long()")
-    return reference.pair_scores(features0, features1, temperature, batch, cells0, cells1, row_lse, col_lse)
+    sizes = {"batch": features0.shape[0], "cells0": features0.shape[1], "cells1": features1.shape[1]}
+    indices = {"batch": batch, "cells0": cells0, "cells1": cells1}
+    check_indices({name: (index, sizes[name]) for name, index in indices.items()})
+    if features0.device.type == "cpu" and not torch.compiler.is_compiling():
+        return reference.pair_scores(
+            features0, features1, temperature, batch, cells0, cells1, row_lse, col_lse
+        )
+    # Forced into range, NaN where that moved one: nothing here waits for the device.
+    valid = torch.stack([(index >= 0) & (index < sizes[name]) for name, index in indices.items()]).all(0)
+    batch, cells0, cells1 = (i.clamp(0, max(0, sizes[name] - 1)) for name, i in indices.items())
+    scores = reference.pair_scores(features0, features1, temperature, batch, cells0, cells1, row_lse, col_lse)
+    return scores.where(valid, torch.nan)
 
 
 def why_not(

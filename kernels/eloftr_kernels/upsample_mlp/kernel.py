@@ -17,12 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from eloftr_kernels import dispatch
-from eloftr_kernels.aggregated_attention.reference import token_mask
+from eloftr_kernels.aggregated_attention.reference import AGGREGATION, token_mask
+from eloftr_kernels.common import NORM_EPS
+from eloftr_kernels.upsample_mlp.reference import LEAKY_SLOPE
 
-SIDE = tl.constexpr(4)
-REACH = tl.constexpr(8)  # a token is interpolated by the cells of an 8x8 window around its own 4x4
-SLOPE = tl.constexpr(0.01)
-NORM_EPS = tl.constexpr(1e-5)
+SIDE = tl.constexpr(AGGREGATION)
+REACH = tl.constexpr(
+    2 * AGGREGATION
+)  # a token is interpolated by the cells of an 8x8 window around its own 4x4
+SLOPE = tl.constexpr(LEAKY_SLOPE)
 MIN_SHARE = tl.constexpr(0.25)
 LARGE_TILE_BYTES = 120 * 1024
 

@@ -3,6 +3,7 @@
 
 from eloftr_kernels.window_match.op import why_not, window_match
 from eloftr_kernels.window_match.reference import (
+    WINDOW,
     WindowMatches,
     pixel_log_joint,
     pixel_offsets,
@@ -11,6 +12,7 @@ from eloftr_kernels.window_match.reference import (
 )
 
 __all__ = [
+    "WINDOW",
     "WindowMatches",
     "pixel_log_joint",
     "pixel_offsets",

@@ -6,10 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eloftr_kernels.window_match import kernel
+from eloftr_kernels.common import dot_dtype, power_of_2
+from eloftr_kernels.dispatch import dot_precision
+from eloftr_kernels.window_match import kernel, kernel_backward, reference
 
-_PATCH_POSITIONS = 36
-_CELL = 4  # half-resolution positions per side of a cell
+_CELL = reference.WINDOW // 2  # half-resolution positions per side of a cell
+_PATCH_POSITIONS = (_CELL + 2) ** 2
 
 
 def window_match_forward(
@@ -59,11 +61,12 @@ def window_match_backward(
     for of, (fine_map, cells) in enumerate(((map0, cells0), (map1, cells1))):
         patches = map0.new_empty((M, _PATCH_POSITIONS, D))
         if M:
-            kernel._window_match_bwd[(M,)](
+            kernel_backward._window_match_bwd[(M,)](
                 map0, map1, batch.contiguous(), cells0.contiguous(), cells1.contiguous(), best,
                 grad_subpixel1.contiguous(), grad_expected0.contiguous(), grad_expected1.contiguous(),
                 patches, *_geometry(map0, map1, subpixel_channels, subpixel_temperature, soft_temperature),
-                OF=of, **_constants(map0, centred_subpixel, soft_temperature is not None),
+                OF=of,
+                **_constants(map0, centred_subpixel, soft_temperature is not None) | _backward_constants(map0),
             )  # fmt: skip
         grads.append(_to_map(patches, fine_map, batch, cells))
     return grads[0], grads[1]
@@ -79,8 +82,8 @@ def _to_map(patches: Tensor, like: Tensor, batch: Tensor, cells: Tensor) -> Tens
     ordered, order = torch.sort(batch * count + cells, stable=True)
     first_cells = torch.arange(B * count + 1, device=like.device)
     start = torch.searchsorted(ordered, first_cells)
-    kernel._patches_to_map[(B * -(-H // _CELL) * -(-W // _CELL),)](
-        patches, order, start, out, *out.stride(), H, W, D, BLOCK_D=_block(D), num_warps=1
+    kernel_backward._patches_to_map[(B * -(-H // _CELL) * -(-W // _CELL),)](
+        patches, order, start, out, *out.stride(), H, W, D, BLOCK_D=power_of_2(D), num_warps=2
     )
     return out
 
@@ -94,7 +97,7 @@ def _geometry(
 ) -> tuple[int | float, ...]:
     D = map0.shape[1]
     return (
-        *map0.stride(), *map1.stride(), *map0.shape[2:], *map1.shape[2:], D, D - subpixel_channels,
+        *map0.stride(), *map1.stride(), map0.shape[0], *map0.shape[2:], *map1.shape[2:], D, D - subpixel_channels,
         1 / (subpixel_channels**0.5 * subpixel_temperature), 1 / (soft_temperature or 1.0),
     )  # fmt: skip
 
@@ -103,13 +106,17 @@ def _constants(like: Tensor, centred_subpixel: bool, soft: bool) -> dict[str, ob
     return {
         "SHIFT": int(centred_subpixel),
         "SOFT": soft,
-        "BLOCK_D": _block(like.shape[1]),
-        "DOT": kernel.dot_dtype(like.dtype),
+        "BLOCK_D": power_of_2(like.shape[1]),
+        "DOT": dot_dtype(like.dtype),
         "PRECISION": kernel.dot_precision(like.dtype),
         "num_warps": kernel.num_warps(),
         "num_stages": 1,
     }
 
 
-def _block(channels: int) -> int:
-    return max(16, 1 << (channels - 1).bit_length())
+def _backward_constants(like: Tensor) -> dict[str, object]:
+    """Channels at a time, and exact float32 products as such: three tf32 ones would not fit the registers."""
+    return {
+        "BLOCK_D": min(power_of_2(like.shape[1]), 16 if like.dtype == torch.float32 else 32),
+        "PRECISION": dot_precision(like.dtype),
+    }

@@ -11,6 +11,7 @@ from torch import Tensor
 from eloftr_kernels.dispatch import (
     check_devices,
     check_dtype,
+    check_indices,
     check_shape,
     on_device_of,
     use_triton,
@@ -50,7 +51,9 @@ def window_match(
         reaches both maps through ``subpixel1`` and the expectations; the arg-max pixels have none. Of equal
         probabilities the lowest pixel of image 0, then of image 1, wins. No match gives empty fields and zero
         gradients. The kernels add up gradients in a fixed order; they have no second derivative and say so;
-        the reference has. Indices must name cells of the maps: PyTorch checks that, the kernels do not.
+        the reference has. Indices must name cells of the maps. On the CPU others raise; on a GPU, where
+        reading them would wait for the device, a match outside the maps gets NaN and gives no gradient.
+        A call that ``torch.compile`` traces is not checked on the CPU either.
 
     Args:
         map0: (B, D, 4h, 4w) float32, float16 or bfloat16 (float64: reference), any strides.
@@ -71,6 +74,7 @@ def window_match(
     Raises:
         ValueError: shapes or devices that do not fit, options out of range.
         TypeError: dtypes that differ, indices that are not int64.
+        IndexError: on the CPU, an index outside the maps.
         RuntimeError: ``backend("triton")`` that cannot be honoured.
     """
     _check(map0, map1, batch, cells0, cells1, subpixel_channels, subpixel_temperature, soft_temperature)
@@ -214,6 +218,8 @@ def _check(
         check_shape(name, index, (batch.shape[0] if batch.ndim else None,), "(M,)")
         check_dtype(name, index, torch.int64, "convert it with .long()")
     check_devices({"map0": map0, "map1": map1, **matches})
+    cells = [(m.shape[2] // 4) * (m.shape[3] // 4) for m in (map0, map1)]
+    check_indices({"batch": (batch, B), "cells0": (cells0, cells[0]), "cells1": (cells1, cells[1])})
     if not 0 < subpixel_channels < D:
         raise ValueError(f"subpixel_channels: expected 1 to D - 1 = {D - 1}, got {subpixel_channels}.")
     temperatures = {"subpixel_temperature": subpixel_temperature, "soft_temperature": soft_temperature}
