@@ -182,11 +182,11 @@ def timed_stages(model: Any, device: torch.device) -> Iterator[dict[str, float]]
 
 def _ours(spec: MatcherSpec, context: Context) -> Matcher:
     dtype = DTYPES[spec.dtype or context.dtype]
-    model = plain_model(spec.preset).fuse().to(context.device, dtype)
-    if spec.mode in ("compile", "reduce-overhead"):
-        mode = None if spec.mode == "compile" else spec.mode
+    plain = plain_model(spec.preset)
+    model = plain.optimize_for_inference(dtype=dtype, compile=spec.mode == "compile").to(context.device)
+    if spec.mode == "reduce-overhead":
         for owner, attribute in ((model.backbone, "forward"), (model, "match_maps"), (model, "fine_maps")):
-            compiled = torch.compile(getattr(owner, attribute), mode=mode, dynamic=False)
+            compiled = torch.compile(getattr(owner, attribute), mode=spec.mode, dynamic=False)
             setattr(owner, attribute, compiled)
     elif spec.mode == "graph":
         _graph_dense_part(model)

@@ -166,12 +166,12 @@ def _training(case: PairCase, context: Context) -> list[Contender]:
     """Forward, losses and backward of one batch; rendering and the optimiser are not counted."""
 
     def build(name: str, gated: bool) -> Run:
+        from eloftr_ops import EfficientLoFTR
         from eloftr_ops.data.synthetic import HomographyBatch
         from eloftr_ops.training.batches import batch_of_rendered
         from eloftr_ops.training.objective import batch_losses
 
-        model = matchers.load("eloftr_ops small fp32", context).model
-        model = type(model)(model.config).to(context.device).train()  # three branches, as in training
+        model = EfficientLoFTR(matchers.plain_model("small").config).to(context.device).train()
         image0, image1 = matchers.images(case.size, case.batch, context.device)
         valid = torch.ones_like(image0, dtype=torch.bool)
         identity = torch.eye(3, device=context.device).repeat(case.batch, 1, 1)

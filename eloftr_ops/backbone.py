@@ -59,9 +59,9 @@ class RepVGGBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
         if self.fused is not None:
-            return F.relu(self.fused(x))
-        y = self.conv3x3(x) + self.conv1x1(x)
-        return F.relu(y if self.identity is None else y + self.identity(x))
+            return F.relu(self.fused(x), inplace=True)
+        y = self.conv3x3(x).add_(self.conv1x1(x))
+        return F.relu(y if self.identity is None else y.add_(self.identity(x)), inplace=True)
 
     @torch.no_grad()
     def fuse(self) -> RepVGGBlock:

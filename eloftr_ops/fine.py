@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from eloftr_kernels import WindowMatches
 from eloftr_kernels.window_match import WINDOW
+from eloftr_ops.backbone import fold_batch_norm
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode
 from eloftr_ops.types import CoarseMatches, CoarseScores
 
@@ -38,9 +39,19 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, coarse: Tensor, quarter: Tensor, half: Tensor) -> Tensor:
         """(B, C, h, w), (B, C2, 2h, 2w), (B, C1, 4h, 4w) -> (B, C1, 4h, 4w)."""
-        x = _upsample(self.coarse_projection(coarse * self.scale))
-        x = _upsample(self.quarter_fusion(x + self.quarter_projection(quarter)))
-        return self.half_fusion(x + self.half_projection(half))  # type: ignore[no-any-return]
+        x = _upsample(self.coarse_projection(coarse * self.scale)).add_(self.quarter_projection(quarter))
+        x = _upsample(self.quarter_fusion(x)).add_(self.half_projection(half))
+        return self.half_fusion(x)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Fold the BatchNorms in place, for inference."""
+        for fusion in (self.quarter_fusion, self.half_fusion):
+            conv, bn = fusion[0], fusion[1]
+            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
+                weight, bias = fold_batch_norm(conv.weight, bn)
+                conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+                fusion[1] = nn.Identity()
 
 
 def positions(
@@ -123,7 +134,7 @@ def _fusion(channels: int, channels_out: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1, bias=False),
         nn.BatchNorm2d(channels),
-        nn.LeakyReLU(),
+        nn.LeakyReLU(inplace=True),
         nn.Conv2d(channels, channels_out, 3, padding=1, bias=False),
     )
 

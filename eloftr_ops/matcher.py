@@ -23,6 +23,7 @@ from eloftr_ops.transformer import CoarseTransformer
 from eloftr_ops.types import BestCells, CoarseScores, Features, Matches
 
 if TYPE_CHECKING:
+    from eloftr_ops.inference import InferenceMatcher
     from eloftr_ops.weights.names import Layout
 
 SIZE_MULTIPLE = 32  # of the padded image: 4x4 aggregation of cells of 8x8 pixels
@@ -178,10 +179,31 @@ class EfficientLoFTR(LoFTR):
         )
 
     def fuse(self) -> EfficientLoFTR:
-        """A copy for inference, its RepVGG branches folded into single convolutions, in evaluation mode."""
+        """A copy in evaluation mode, its RepVGG branches folded into single convolutions.
+
+        It is still differentiable, and can be saved. :meth:`optimize_for_inference` folds more and gives that up.
+        """
         copied = copy.deepcopy(self).eval()
         copied.backbone.fuse()
         return copied
+
+    def optimize_for_inference(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        compile: bool | str = False,  # noqa: A002 - torch's word for it
+    ) -> InferenceMatcher:
+        """A copy that only matches, as fast as it can: see :class:`eloftr_ops.inference.InferenceMatcher`.
+
+        The copy gives no gradients and says so; this matcher stays as it is.
+
+        Args:
+            dtype: of the copy's weights and maps, for instance ``torch.bfloat16``; default: as they are.
+            compile: run the dense parts through ``torch.compile``; True, or a backend's name.
+        """
+        from eloftr_ops.inference import InferenceMatcher
+
+        return InferenceMatcher(self, dtype=dtype, compiled=compile)
 
     @classmethod
     def from_pretrained(

@@ -124,7 +124,7 @@ def scalar_match(
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_reference_is_the_scalar_oracle(centred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "CHUNK", 2)
+    monkeypatch.setattr(reference, "CHUNK_CPU", 2)
     s = scene(M=4, D=6)
     out = reference.window_match(*s, 2, 0.7, centred, 0.8)
     for m in range(4):
@@ -141,7 +141,7 @@ def test_reference_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
     checked_gradcheck(fields, s[:2])
     whole = fields(*s[:2])
-    monkeypatch.setattr(reference, "CHUNK", 2)
+    monkeypatch.setattr(reference, "CHUNK_CPU", 2)
     torch.testing.assert_close(fields(*s[:2]), whole)
     checked_gradcheck(fields, s[:2])
 

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from eloftr_kernels.arithmetic import accumulation_dtype, two_way_logsumexp
 
 BLOCK_ELEMENTS = 1 << 21  # scores held at once: 8 MB in float32
 MASKED = -1e9  # score of a masked pair; finite, so that a fully masked row has no NaN in value or gradient
@@ -38,20 +41,21 @@ def dual_softmax_lse(
 
     def block_lse(rows: Tensor, columns: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         scores = _scores(rows, columns, temperature, mask, mask1)
-        return torch.logsumexp(scores, 2), torch.logsumexp(scores, 1)
+        return two_way_logsumexp(scores)
 
-    features0, features1 = _accumulation_dtype(features0), _accumulation_dtype(features1)
+    features0, features1 = accumulation_dtype(features0), accumulation_dtype(features1)
     blocks = [(rows, None if mask0 is None else mask0[:, rows]) for rows in _row_blocks(features0, features1)]
     with torch.autocast(features0.device.type, enabled=False):
         if torch.is_grad_enabled() and (features0.requires_grad or features1.requires_grad):
             parts = [_recomputed(block_lse, features0[:, rows], features1, mask) for rows, mask in blocks]
             row_parts, col_parts = zip(*parts, strict=True)
             return torch.cat(row_parts, 1), torch.logsumexp(torch.stack(col_parts), 0)
-        # Results written in place: pieces kept between the large temporaries would fragment the heap.
         row_lse = features0.new_empty(features0.shape[:2])
         col_lse = features1.new_full(features1.shape[:2], -torch.inf)
+        held, scratch = _Buffer(features0, features1), _Buffer(features0, features1)
         for rows, mask in blocks:
-            row_lse[:, rows], block_col = block_lse(features0[:, rows], features1, mask)
+            scores = _scores(features0[:, rows], features1, temperature, mask, mask1, held)
+            row_lse[:, rows], block_col = two_way_logsumexp(scores, scratch.view(*scores.shape))
             torch.logaddexp(col_lse, block_col, out=col_lse)
         return row_lse, col_lse
 
@@ -74,7 +78,7 @@ def mutual_best(
     Returns:
         ``best1`` (B, L) int64, ``best0`` (B, S) int64, and the score (B, L) of each ``best1``.
     """
-    features0, features1 = _accumulation_dtype(features0), _accumulation_dtype(features1)
+    features0, features1 = accumulation_dtype(features0), accumulation_dtype(features1)
     if 0 in (features0.shape[1], features1.shape[1]):
         best = [torch.zeros(f.shape[:2], dtype=torch.int64, device=f.device) for f in (features0, features1)]
         return best[0], best[1], features0.new_full(features0.shape[:2], -torch.inf)
@@ -82,12 +86,16 @@ def mutual_best(
     best0 = torch.zeros(features1.shape[:2], dtype=torch.int64, device=features1.device)
     score1 = features0.new_full(features0.shape[:2], -torch.inf)
     score0 = features1.new_full(features1.shape[:2], -torch.inf)
+    if row_lse is not None and col_lse is not None:
+        # 2 s - r - c as one product: every pass over the scores costs as much as a third of it.
+        one0, one1 = (torch.ones_like(f[..., :1]) for f in (features0, features1))
+        features0 = torch.cat([2 * features0, -temperature * row_lse[..., None], one0], 2)
+        features1 = torch.cat([features1, one1, -temperature * col_lse[..., None]], 2)
+    held = _Buffer(features0, features1)
     with torch.autocast(features0.device.type, enabled=False):
         for rows in _row_blocks(features0, features1):
             mask = None if mask0 is None else mask0[:, rows]
-            scores = _scores(features0[:, rows], features1, temperature, mask, mask1)
-            if row_lse is not None and col_lse is not None:
-                scores = scores.mul_(2).sub_(row_lse[:, rows, None]).sub_(col_lse[:, None])
+            scores = _scores(features0[:, rows], features1, temperature, mask, mask1, held)
             score1[:, rows], best1[:, rows] = scores.max(2)
             block_score0, block_best0 = scores.max(1)
             best0 = torch.where(block_score0 > score0, block_best0 + rows.start, best0)
@@ -112,35 +120,52 @@ def pair_scores(
     Returns:
         (M,) float32, or float64 for float64 input.
     """
-    a = _accumulation_dtype(features0[batch, cells0])
-    b = _accumulation_dtype(features1[batch, cells1])
+    a = accumulation_dtype(features0[batch, cells0])
+    b = accumulation_dtype(features1[batch, cells1])
     score = (a * b).sum(-1) / temperature
     if row_lse is None or col_lse is None:
         return score
     return 2 * score - row_lse[batch, cells0] - col_lse[batch, cells1]
 
 
+class _Buffer:
+    """Memory for one block of scores, used by all: fresh memory costs a CPU more than the product does."""
+
+    def __init__(self, features0: Tensor, features1: Tensor) -> None:
+        rows = min(_block_rows(features1), features0.shape[1])
+        self._memory = features0.new_empty(features1.shape[0] * rows * features1.shape[1])
+
+    def view(self, *shape: int) -> Tensor:
+        return self._memory[: math.prod(shape)].view(shape)
+
+
 def _scores(
-    rows: Tensor, columns: Tensor, temperature: float, mask0: Tensor | None, mask1: Tensor | None
+    rows: Tensor,
+    columns: Tensor,
+    temperature: float,
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+    buffer: _Buffer | None = None,
 ) -> Tensor:
-    scores = (rows / temperature) @ columns.mT
-    if mask0 is not None:
-        scores = scores.masked_fill(~mask0[:, :, None], MASKED)
-    if mask1 is not None:
-        scores = scores.masked_fill(~mask1[:, None, :], MASKED)
+    """(B, R, S) scores of (B, R, C) with (B, S, C), in ``buffer`` where no gradient is kept."""
+    out = None if buffer is None else buffer.view(*rows.shape[:2], columns.shape[1])
+    scores = torch.matmul(rows / temperature, columns.mT, out=out)
+    for mask in (None if mask0 is None else mask0[:, :, None], None if mask1 is None else mask1[:, None]):
+        if mask is not None:
+            scores = scores.masked_fill_(~mask, MASKED)
     return scores
 
 
 def _row_blocks(features0: Tensor, features1: Tensor) -> Iterator[slice]:
-    rows = max(1, BLOCK_ELEMENTS // max(1, features1.shape[0] * features1.shape[1]))
+    rows = _block_rows(features1)
     for start in range(0, max(1, features0.shape[1]), rows):
         yield slice(start, start + rows)
+
+
+def _block_rows(features1: Tensor) -> int:
+    return max(1, BLOCK_ELEMENTS // max(1, features1.shape[0] * features1.shape[1]))
 
 
 def _recomputed(function: Callable[..., T], *args: Tensor | None) -> T:
     """Call ``function`` keeping only its inputs for the backward."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
-
-
-def _accumulation_dtype(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -38,8 +38,9 @@ def upsample_mlp(
     hidden_message = F.linear(message.permute(0, 2, 3, 1), expand_message).permute(0, 3, 1, 2)
     hidden_message = _upsample(hidden_message, height, width, mask)
     tokens = x.permute(0, 2, 3, 1)
-    hidden = F.linear(tokens, expand_x) + hidden_message.permute(0, 2, 3, 1)
-    update = F.linear(F.leaky_relu(hidden, LEAKY_SLOPE), contract_weight)
+    # In place where no backward asks for what is overwritten: fresh memory costs a CPU more than the arithmetic.
+    hidden = F.linear(tokens, expand_x).add_(hidden_message.permute(0, 2, 3, 1))
+    update = F.linear(F.leaky_relu(hidden, LEAKY_SLOPE, inplace=True), contract_weight)
     update = F.layer_norm(update, (channels,), norm_weight, norm_bias)
     y = (tokens + update).permute(0, 3, 1, 2)
     return y if mask is None else y * mask[:, None]

@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 1024  # matches whose windows and scores are held at once: 0.2 GB in float32 at 64 channels
+from eloftr_kernels.arithmetic import accumulation_dtype, two_way_logsumexp
+
+# Matches whose windows and scores are held at once: on a CPU what its caches hold (3 MB of scores), elsewhere 0.2 GB.
+CHUNK_CPU, CHUNK = 128, 1024
 WINDOW = 8  # pixels per side of a coarse cell
 RING = 1  # pixels around the window of image 1, so that every 3x3 neighbourhood is complete
 _PATCH = WINDOW // 2 + 2  # half-resolution positions per side that a window is interpolated from
@@ -67,11 +70,12 @@ def window_match(
         centred_subpixel=centred_subpixel,
         soft_temperature=soft_temperature,
     )
-    if len(batch) <= CHUNK:
+    chunk = CHUNK_CPU if map0.device.type == "cpu" else CHUNK
+    if len(batch) <= chunk:
         return match(map0, map1, batch, cells0, cells1)
     parts = [
-        _recomputed(match, map0, map1, *(index[start : start + CHUNK] for index in (batch, cells0, cells1)))
-        for start in range(0, len(batch), CHUNK)
+        _recomputed(match, map0, map1, *(index[start : start + chunk] for index in (batch, cells0, cells1)))
+        for start in range(0, len(batch), chunk)
     ]
     soft = soft_temperature is not None
     return WindowMatches(
@@ -154,13 +158,12 @@ def pixel_log_joint(coarse0: Tensor, coarse1: Tensor, channels: int) -> Tensor:
         channels: D.
     """
     with torch.autocast(coarse0.device.type, enabled=False):
-        scores = _accumulation_dtype(coarse0) @ (_accumulation_dtype(coarse1) / channels).mT
+        scores = accumulation_dtype(coarse0) @ (accumulation_dtype(coarse1) / channels).mT
         grid = scores.view(*scores.shape[:2], WINDOW + 2 * RING, WINDOW + 2 * RING)
         inner = grid[..., RING:-RING, RING:-RING].flatten(2)
-        over0 = torch.logsumexp(inner, 1, keepdim=True)
-        over1 = torch.logsumexp(scores, 2, keepdim=True)
-        log_joint: Tensor = 2 * inner - over0 - over1
-        return log_joint
+        over1, over0 = two_way_logsumexp(scores)
+        over0 = over0.view(-1, *grid.shape[2:])[:, RING:-RING, RING:-RING].flatten(1)
+        return (2 * inner).sub_(over0[:, None]).sub_(over1[..., None])
 
 
 def subpixel_expectation(
@@ -187,8 +190,8 @@ def subpixel_expectation(
     if match is None:
         match = torch.arange(len(index0), device=sub0.device)
     with torch.autocast(sub0.device.type, enabled=False):
-        query = _accumulation_dtype(sub0[match, index0])
-        keys = _accumulation_dtype(sub1[match[:, None], neighbours])
+        query = accumulation_dtype(sub0[match, index0])
+        keys = accumulation_dtype(sub1[match[:, None], neighbours])
         scores = (keys @ query[:, :, None])[..., 0] / (query.shape[-1] ** 0.5 * temperature)
         offsets = torch.stack(torch.meshgrid(delta, delta, indexing="xy"), -1).flatten(0, 1)
         return F.softmax(scores, 1) @ offsets.to(scores.dtype)
@@ -219,7 +222,3 @@ def _recomputed(function: Callable[..., T], *args: Tensor) -> T:
     if torch.is_grad_enabled() and any(a.requires_grad for a in args):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
     return function(*args)
-
-
-def _accumulation_dtype(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A matcher for inference alone: everything folded that can be, no gradients, optionally another dtype or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eloftr_ops.config import GradientMode
+from eloftr_ops.matcher import EfficientLoFTR, PairMaps
+from eloftr_ops.types import Features
+
+_REMEDY = "Use the matcher that it was made from."
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class InferenceMatcher(EfficientLoFTR):
+    """What :meth:`EfficientLoFTR.optimize_for_inference` returns: the same matches, sooner, and nothing else.
+
+    RepVGG branches and every BatchNorm are folded into convolutions, weights lie channels last, and no graph is
+    recorded. It is a copy: the matcher that it was made from stays as it is, and is the one to train and to save.
+
+    With bfloat16 the transformer and the scores stay in float32: its 8 bits are too few for what decides which cells
+    match, and cost more matches than all the convolutions together.
+
+    Convention:
+        As :class:`EfficientLoFTR`; images may come in any floating dtype.
+
+    Gradient:
+        None. Inputs that require one are refused, so that a loss is never silently cut off.
+
+    Args:
+        matcher: where the weights come from.
+        dtype: of backbone and pyramid, and of the transformer where it is not bfloat16; None keeps the matcher's.
+        compiled: compile the dense parts, once per image size: True for TorchInductor (on a CPU it needs a C++
+            compiler, and tens of seconds), or the name of another ``torch.compile`` backend.
+
+    Raises:
+        ValueError: a dtype that is not floating point.
+    """
+
+    def __init__(
+        self, matcher: EfficientLoFTR, *, dtype: torch.dtype | None = None, compiled: bool | str = False
+    ) -> None:
+        nn.Module.__init__(self)
+        if dtype is not None and dtype not in _DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}.")
+        fused = matcher.fuse()
+        self.config = fused.config
+        self.backbone, self.transformer, self.pyramid = fused.backbone, fused.transformer, fused.pyramid
+        self.pyramid.fuse()
+        self.requires_grad_(False).eval()
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if dtype is not None:
+            self.to(dtype)
+        if dtype is torch.bfloat16:
+            self.transformer.float()
+        if compiled:
+            backend = "inductor" if compiled is True else compiled
+            for owner, name in ((self.backbone, "forward"), (self, "match_maps"), (self, "fine_maps")):
+                setattr(owner, name, torch.compile(getattr(owner, name), backend=backend, dynamic=False))
+
+    @torch.no_grad()
+    def forward(self, data: Mapping[str, Any], *, mode: GradientMode | None = None) -> dict[str, Tensor]:
+        """As :meth:`EfficientLoFTR.forward`, without gradients.
+
+        Raises:
+            ValueError: also for an input that requires a gradient.
+        """
+        for name, value in data.items():
+            _refuse_gradient(name, value)
+        return super().forward(data, mode=mode)
+
+    @torch.no_grad()
+    def extract_features(self, image: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """As :meth:`EfficientLoFTR.extract_features`, without gradients."""
+        _refuse_gradient("image", image)
+        return super().extract_features(image, mask)
+
+    def match_maps(self, features0: Features, features1: Features, *, with_best: bool = True) -> PairMaps:
+        """As :meth:`EfficientLoFTR.match_maps`, in the transformer's dtype."""
+        dtype = next(self.transformer.parameters()).dtype
+        own = (features._replace(coarse=features.coarse.to(dtype)) for features in (features0, features1))
+        return super().match_maps(*own, with_best=with_best)
+
+    def fine_maps(self, features0: Features, features1: Features, maps: PairMaps) -> tuple[Tensor, Tensor]:
+        """As :meth:`EfficientLoFTR.fine_maps`, in the pyramid's dtype."""
+        coarse0, coarse1 = maps.coarse0.to(features0.half.dtype), maps.coarse1.to(features1.half.dtype)
+        return super().fine_maps(features0, features1, maps._replace(coarse0=coarse0, coarse1=coarse1))
+
+    def train(self, mode: bool = True) -> InferenceMatcher:
+        """Evaluation mode only.
+
+        Raises:
+            RuntimeError: for ``mode=True``: the folded BatchNorms cannot be trained.
+        """
+        if mode:
+            raise RuntimeError(f"A matcher optimized for inference cannot be trained. {_REMEDY}")
+        super().train(False)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> InferenceMatcher:
+        """No parameter takes a gradient.
+
+        Raises:
+            RuntimeError: for ``requires_grad=True``.
+        """
+        if requires_grad:
+            raise RuntimeError(f"A matcher optimized for inference has no gradients. {_REMEDY}")
+        super().requires_grad_(False)
+        return self
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Not for this one.
+
+        Raises:
+            RuntimeError: always: the folded weights have no file layout.
+        """
+        raise RuntimeError(f"A matcher optimized for inference cannot be saved. {_REMEDY}")
+
+
+def _refuse_gradient(name: str, value: Any) -> None:
+    tensors = value.values() if isinstance(value, Mapping) else (value,)
+    if any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+        raise ValueError(
+            f"{name}: expected a tensor without gradient, got one that requires it: a matcher optimized for inference "
+            f"gives none. {_REMEDY} Or pass {name}.detach()."
+        )
