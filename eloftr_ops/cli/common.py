@@ -65,7 +65,7 @@ def load_matcher(
         matcher = EfficientLoFTR.from_pretrained(weights)
     except (ValueError, TypeError, OSError) as error:
         raise UsageError(f"--weights {weights}: {error}") from error
-    matcher = matcher.fuse().to(chosen, dtype)
+    matcher = matcher.optimize_for_inference(dtype=dtype).to(chosen)
     if threshold is not None:
         try:
             matcher.config = matcher.config.replace(threshold=threshold)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eloftr_kernels import pair_scores
-from eloftr_kernels.window_match import pixel_log_joint, subpixel_expectation, windows
+from eloftr_kernels.window_match import pixel_log_joint, subpixel_offsets, subpixel_scores, windows
 from eloftr_ops.config import EfficientLoFTRConfig
 from eloftr_ops.types import CoarsePairs, CoarseScores, WindowTargets
 
@@ -25,7 +26,7 @@ class MatchingLosses(NamedTuple):
 
     coarse: Tensor  # focal loss of the dual-softmax confidence at true pairs
     pixel: Tensor  # negative log-likelihood of the true pixel pairs in their windows
-    subpixel: Tensor  # squared distance in pixels of the 3x3 expectation from the true offset
+    subpixel: Tensor  # of the 3x3 expectation, see window_losses
 
 
 def coarse_focal_loss(
@@ -72,9 +73,15 @@ def window_losses(
     targets: WindowTargets,
     config: EfficientLoFTRConfig,
     *,
+    divergence: float = 0.0,
     reduction: Reduction = "mean",
 ) -> tuple[Tensor, Tensor]:
-    """Pixel-level and sub-pixel loss in the windows of true pairs.
+    r"""Pixel-level and sub-pixel loss in the windows of true pairs.
+
+    The sub-pixel loss is the squared distance of the 3x3 expectation from the true offset :math:`o`, and
+    ``divergence`` times :math:`\mathrm{KL}(w(o) \,\|\, p)` of the 3x3 probability :math:`p` from the bilinear weights
+    :math:`w(o)`, the distribution on the neighbourhood whose expectation is :math:`o`. The distance alone hardly moves
+    scores that start out flat; the divergence does.
 
     Args:
         fine0: (B, D, 4h0, 4w0) fused fine map.
@@ -82,6 +89,7 @@ def window_losses(
         pairs: the M cell pairs whose windows are looked at.
         targets: (M, 64) true pixel of image 1 for each window pixel of image 0, and the offset left over.
         config: channel split and temperatures.
+        divergence: weight of the divergence.
         reduction: "mean" and "sum" over the N visible targets give scalars, "none" gives (N,).
 
     Returns:
@@ -97,7 +105,7 @@ def window_losses(
     match, pixel0 = targets.visible.nonzero(as_tuple=True)
     pixel1, offset = targets.pixels1[match, pixel0], targets.offsets[match, pixel0]
     pixel = _reduced(-log_joint[match, pixel0, pixel1], reduction)
-    expected = subpixel_expectation(
+    scores = subpixel_scores(
         windows0[..., -kept:],
         windows1[..., -kept:],
         pixel0,
@@ -106,7 +114,19 @@ def window_losses(
         config.centred_subpixel,
         match,
     )
-    return pixel, _reduced((expected - offset).square().sum(-1), reduction)
+    subpixel = (F.softmax(scores, 1) @ subpixel_offsets(scores) - offset).square().sum(-1)
+    if divergence:
+        target = _bilinear_weights(offset).to(scores)
+        logarithm = F.log_softmax(scores, 1)
+        subpixel = subpixel + divergence * F.kl_div(logarithm, target, reduction="none").sum(1)
+    return pixel, _reduced(subpixel, reduction)
+
+
+def _bilinear_weights(offsets: Tensor) -> Tensor:
+    """(N, 2) offsets (x, y) within half a pixel -> (N, 9) weights of the 3x3 neighbourhood, rows first."""
+    steps = torch.arange(-1, 2, device=offsets.device, dtype=offsets.dtype)
+    across, down = (1 - (offsets[..., None] - steps).abs()).clamp(min=0).unbind(1)
+    return (down[:, :, None] * across[:, None]).flatten(1)
 
 
 def _reduced(x: Tensor, reduction: Reduction) -> Tensor:

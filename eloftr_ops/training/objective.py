@@ -45,7 +45,7 @@ class BatchLosses(NamedTuple):
 
     coarse: Tensor  # focal loss at true pairs of cells
     pixel: Tensor  # negative log-likelihood of true pixels
-    subpixel: Tensor  # squared distance, pixels, of the sub-pixel offsets
+    subpixel: Tensor  # of the sub-pixel offsets, see window_losses
     homography: Tensor  # corner error, pixels, of estimated homographies
     pose: Tensor  # error, radians, of estimated poses
     confidence: Tensor  # mean confidence of the true pairs, without gradient
@@ -178,7 +178,13 @@ def loss_sums(
     if labels.windows is not None and labels.targets is not None:
         fine0, fine1 = matcher.fine_maps(features0, features1, maps)
         pixel, subpixel = window_losses(
-            fine0, fine1, labels.windows, labels.targets, matcher.config, reduction="sum"
+            fine0,
+            fine1,
+            labels.windows,
+            labels.targets,
+            matcher.config,
+            divergence=config.subpixel_divergence,
+            reduction="sum",
         )
     if end_to_end:
         matches = matcher.matches_from_maps(features0, features1, maps, config.end_to_end.mode)

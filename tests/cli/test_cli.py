@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig, Matches, __version__
 from eloftr_ops.cli import app
+from support.models import StandIn
 
 TINY = EfficientLoFTRConfig(
     stage_channels=(8, 8, 16, 32),
@@ -36,7 +37,7 @@ ASSETS = resources.files("eloftr_ops") / "assets"
 H_DEMO = torch.tensor(json.loads((ASSETS / "demo.json").read_text())["H_0to1"], dtype=torch.float64)
 
 
-class KnownMatches(EfficientLoFTR):
+class KnownMatches(StandIn):
     """Finds the true matches of the demo pair, whatever the size it sees it at, and every fifth one wrong."""
 
     def forward(self, data: Mapping[str, Any], **_: Any) -> dict[str, Tensor]:
@@ -327,7 +328,7 @@ def test_bad_images_are_named(run: Callable[..., Result]) -> None:
 
 
 def test_out_of_gpu_memory_says_what_to_do(run: Callable[..., Result]) -> None:
-    class TooLarge(EfficientLoFTR):
+    class TooLarge(StandIn):
         def forward(self, data: Mapping[str, Any], **_: Any) -> dict[str, Tensor]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -335,7 +336,7 @@ def test_out_of_gpu_memory_says_what_to_do(run: Callable[..., Result]) -> None:
 
 
 def test_the_unexpected_is_code_1_and_leaves_no_file(run: Callable[..., Result]) -> None:
-    class Broken(EfficientLoFTR):
+    class Broken(StandIn):
         def forward(self, data: Mapping[str, Any], **_: Any) -> dict[str, Tensor]:
             raise RuntimeError("a defect")
 

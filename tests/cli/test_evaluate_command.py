@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig, __version__
 from eloftr_ops.cli import app
+from support.models import StandIn
 
 TINY = EfficientLoFTRConfig(
     stage_channels=(8, 8, 16, 32),
@@ -32,7 +33,7 @@ TINY = EfficientLoFTRConfig(
 K = [[100.0, 0, 64], [0, 100, 48], [0, 0, 1]]
 
 
-class Identity(EfficientLoFTR):
+class Identity(StandIn):
     """Matches each point of a grid with the same point of the other image."""
 
     def forward(self, data: Mapping[str, Any], **_: Any) -> dict[str, Tensor]:
@@ -43,7 +44,7 @@ class Identity(EfficientLoFTR):
         return {"keypoints0": points, "keypoints1": points.clone(), "confidence": torch.ones(len(points))}
 
 
-class Nothing(EfficientLoFTR):
+class Nothing(StandIn):
     """Matches nothing."""
 
     def forward(self, data: Mapping[str, Any], **_: Any) -> dict[str, Tensor]:

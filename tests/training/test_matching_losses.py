@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The supervised losses are right, finite, and zero where there is nothing to learn from."""
 
+import math
+
 import pytest
 import torch
 
-from eloftr_ops.losses.matching import coarse_focal_loss, window_losses
+from eloftr_kernels.window_match import subpixel_offsets
+from eloftr_ops.losses.matching import _bilinear_weights, coarse_focal_loss, window_losses
 from eloftr_ops.training.supervision import (
     CoarsePairs,
     pairs_from_homography,
     sample_pairs,
     window_targets_from_homography,
 )
+from eloftr_ops.types import WindowTargets
 from support.models import tiny_model
 
 
@@ -83,3 +87,35 @@ def test_reductions_agree() -> None:
         torch.testing.assert_close(mean, values.mean())
     with pytest.raises(ValueError, match="reduction"):
         coarse_focal_loss(maps.scores, pairs, model.config, reduction="median")  # type: ignore[arg-type]
+
+
+def _with_offset(offset: tuple[float, float], scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sub-pixel losses, without and with the divergence, of one window pixel whose true offset is given."""
+    generator = torch.Generator().manual_seed(0)
+    maps = [scale * torch.randn(1, 12, 8, 8, generator=generator) for _ in range(2)]
+    cell = torch.tensor([3])
+    pairs = CoarsePairs(torch.zeros_like(cell), cell, cell)
+    visible = torch.zeros(1, 64, dtype=torch.bool)
+    visible[0, 27] = True
+    targets = WindowTargets(visible, torch.full((1, 64), 27), torch.tensor(offset).expand(1, 64, 2))
+    config = tiny_model().config
+    return tuple(window_losses(*maps, pairs, targets, config, divergence=w)[1] for w in (0.0, 1.0))  # type: ignore[return-value]
+
+
+def test_the_divergence_is_that_from_bilinear_weights() -> None:
+    """Flat scores: KL(w || 1/9) = log 9 - H(w), w the bilinear weights of (0.25, -0.5)."""
+    alone, both = _with_offset((0.25, -0.5), scale=0.0)
+    weights = torch.tensor([0.5 * 0.75, 0.5 * 0.25] * 2)
+    expected = math.log(9) + (weights * weights.log()).sum()
+    torch.testing.assert_close(alone, torch.tensor(0.25**2 + 0.5**2))
+    torch.testing.assert_close(both - alone, expected)
+
+
+def test_the_divergence_is_least_where_the_probability_is_the_bilinear_weights() -> None:
+    offsets = subpixel_offsets(torch.zeros(1))
+    for offset in ((0.0, 0.0), (0.5, -0.5), (-0.3, 0.2)):
+        weights = _bilinear_weights(torch.tensor([offset]))[0]
+        torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
+        torch.testing.assert_close(weights @ offsets, torch.tensor(offset))
+        alone, both = _with_offset(offset)
+        assert both > alone

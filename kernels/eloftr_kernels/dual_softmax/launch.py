@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eloftr_kernels.common import dot_dtype, power_of_2
 from eloftr_kernels.dispatch import dot_precision
 from eloftr_kernels.dual_softmax import kernel
+from eloftr_kernels.kernel_common import dot_dtype, power_of_2
 
 ROWS_PER_LAUNCH = 1 << 15  # bounds the column workspace to S * ROWS_PER_LAUNCH / rows-of-a-tile elements
 SPAN = 512  # columns that one program of the forward walks over

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eloftr_kernels import dispatch
 from eloftr_kernels.aggregated_attention.reference import AGGREGATION, token_mask
-from eloftr_kernels.common import NORM_EPS
+from eloftr_kernels.kernel_common import NORM_EPS
 from eloftr_kernels.upsample_mlp.reference import LEAKY_SLOPE
 
 SIDE = tl.constexpr(AGGREGATION)

@@ -8,6 +8,8 @@ from eloftr_kernels.window_match.reference import (
     pixel_log_joint,
     pixel_offsets,
     subpixel_expectation,
+    subpixel_offsets,
+    subpixel_scores,
     windows,
 )
 
@@ -17,6 +19,8 @@ __all__ = [
     "pixel_log_joint",
     "pixel_offsets",
     "subpixel_expectation",
+    "subpixel_offsets",
+    "subpixel_scores",
     "why_not",
     "window_match",
     "windows",

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eloftr_kernels.common import dot_dtype, power_of_2
 from eloftr_kernels.dispatch import dot_precision
+from eloftr_kernels.kernel_common import dot_dtype, power_of_2
 from eloftr_kernels.window_match import kernel, kernel_backward, reference
 
 _CELL = reference.WINDOW // 2  # half-resolution positions per side of a cell

@@ -63,7 +63,7 @@ def window_match(
         cells1: (M,) int64.
         subpixel_channels: d, at least 1 and fewer than D.
         subpixel_temperature: positive.
-        centred_subpixel: see :func:`~eloftr_kernels.window_match.subpixel_expectation`.
+        centred_subpixel: see :func:`~eloftr_kernels.window_match.subpixel_scores`.
         soft_temperature: positive T: also return the expectations of both pixels under :math:`p^{1/T}`,
         normalised
             over the 64x64 pairs.

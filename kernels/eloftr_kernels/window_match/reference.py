@@ -57,7 +57,7 @@ def window_match(
         \mathrm{softmax}_\Delta\bigl(\langle a'_{l^*}, b'_{r^*+\Delta}\rangle / (\sqrt d\,\tau)\bigr).
 
     With ``soft_temperature`` :math:`T` the expectations of both pixels under :math:`p^{1/T}`, normalised over
-    the 64x64 pairs, are returned too. ``centred_subpixel``: see :func:`subpixel_expectation`. Gradient
+    the 64x64 pairs, are returned too. ``centred_subpixel``: see :func:`subpixel_scores`. Gradient
     reaches both maps through :math:`\delta` and the expectations. Matches are worked off in chunks, each
     recomputed in the backward, so that memory stays bounded.
     """
@@ -175,10 +175,23 @@ def subpixel_expectation(
     centred: bool,
     match: Tensor | None = None,  # (N,) which of the M windows each pair lies in; default: one pair each
 ) -> Tensor:
-    """Expected (x, y) offset, -1 .. 1, over a 3x3 neighbourhood in image 1 for ``index0``: (N, 2).
+    """Expected (x, y) offset, -1 .. 1, over a 3x3 neighbourhood in image 1 for ``index0``: (N, 2)."""
+    scores = subpixel_scores(sub0, sub1, index0, index1, temperature, centred, match)
+    return F.softmax(scores, 1) @ subpixel_offsets(scores)
 
-    ``centred`` puts the neighbourhood around ``index1``. The released weights were trained with one that
-    ignores the
+
+def subpixel_scores(
+    sub0: Tensor,
+    sub1: Tensor,
+    index0: Tensor,
+    index1: Tensor,
+    temperature: float,
+    centred: bool,
+    match: Tensor | None = None,
+) -> Tensor:
+    """Scores (N, 9) of the 3x3 neighbourhood, rows first; arguments as :func:`subpixel_expectation`.
+
+    ``centred`` puts the neighbourhood around ``index1``. The released weights were trained with one that ignores the
     ring: it lies a pixel up and left, and its index -1 is the last row or column of the 10x10 window.
     """
     delta = torch.arange(-1, 2, device=sub0.device)
@@ -192,9 +205,14 @@ def subpixel_expectation(
     with torch.autocast(sub0.device.type, enabled=False):
         query = accumulation_dtype(sub0[match, index0])
         keys = accumulation_dtype(sub1[match[:, None], neighbours])
-        scores = (keys @ query[:, :, None])[..., 0] / (query.shape[-1] ** 0.5 * temperature)
-        offsets = torch.stack(torch.meshgrid(delta, delta, indexing="xy"), -1).flatten(0, 1)
-        return F.softmax(scores, 1) @ offsets.to(scores.dtype)
+        scores: Tensor = (keys @ query[:, :, None])[..., 0] / (query.shape[-1] ** 0.5 * temperature)
+        return scores
+
+
+def subpixel_offsets(like: Tensor) -> Tensor:
+    """(9, 2) offsets (x, y) of a 3x3 neighbourhood, -1 .. 1, rows first."""
+    delta = torch.arange(-1, 2, device=like.device, dtype=like.dtype)
+    return torch.stack(torch.meshgrid(delta, delta, indexing="xy"), -1).flatten(0, 1)
 
 
 def pixel_offsets(like: Tensor) -> Tensor:
