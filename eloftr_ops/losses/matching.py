@@ -114,7 +114,9 @@ def window_losses(
         config.centred_subpixel,
         match,
     )
-    subpixel = (F.softmax(scores, 1) @ subpixel_offsets(scores) - offset).square().sum(-1)
+    with torch.autocast(scores.device.type, enabled=False):
+        expected = F.softmax(scores, 1) @ subpixel_offsets(scores)
+    subpixel = (expected - offset).square().sum(-1)
     if divergence:
         target = _bilinear_weights(offset).to(scores)
         logarithm = F.log_softmax(scores, 1)

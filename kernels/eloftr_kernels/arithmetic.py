@@ -30,7 +30,10 @@ def two_way_logsumexp(scores: Tensor, scratch: Tensor | None = None) -> tuple[Te
     Returns:
         Over the columns (B, R), and over the rows (B, S).
     """
-    if scores.device.type != "cpu" or (torch.is_grad_enabled() and scores.requires_grad):
+    differentiable = torch.is_grad_enabled() and scores.requires_grad
+    if (
+        scores.device.type != "cpu" or differentiable or torch.compiler.is_compiling()
+    ):  # a branch on values: no graph
         return torch.logsumexp(scores, 2), torch.logsumexp(scores, 1)
     limits = torch.finfo(scores.dtype)
     least = math.log(limits.tiny) + 7  # e^least is negligible beside 1, and still no denormal number

@@ -177,7 +177,8 @@ def subpixel_expectation(
 ) -> Tensor:
     """Expected (x, y) offset, -1 .. 1, over a 3x3 neighbourhood in image 1 for ``index0``: (N, 2)."""
     scores = subpixel_scores(sub0, sub1, index0, index1, temperature, centred, match)
-    return F.softmax(scores, 1) @ subpixel_offsets(scores)
+    with torch.autocast(scores.device.type, enabled=False):
+        return F.softmax(scores, 1) @ subpixel_offsets(scores)
 
 
 def subpixel_scores(
