@@ -24,7 +24,7 @@ def two_way_logsumexp(scores: Tensor, scratch: Tensor | None = None) -> tuple[Te
     exponentials that vanish.
 
     Args:
-        scores: (B, R, S), R and S at least 1.
+        scores: (B, R, S). Sums of nothing are -inf.
         scratch: memory of the shape and dtype of ``scores`` to work in, for callers that have many matrices.
 
     Returns:

@@ -57,3 +57,12 @@ def test_nan_is_not_hidden() -> None:
     rows, columns = two_way_logsumexp(scores)
     assert rows[0, 1].isnan()
     assert columns[0, 1].isnan()
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 3), (1, 3, 0), (2, 0, 0), (0, 3, 3)])
+def test_sums_of_nothing(shape: tuple[int, int, int]) -> None:
+    scores = torch.zeros(shape)
+    for got, want in zip(
+        two_way_logsumexp(scores), (torch.logsumexp(scores, 2), torch.logsumexp(scores, 1)), strict=True
+    ):
+        assert torch.equal(got, want)

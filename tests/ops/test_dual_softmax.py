@@ -468,3 +468,10 @@ def test_bad_input_of_one_function() -> None:
     with pytest.raises(ValueError, match="cells0: expected"):
         pair_scores(f0, f1, 0.1, index, index[:1], index)
     assert pair_scores(f0, f1, 0.1, index[:0], index[:0], index[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 5), (5, 0), (0, 0)])
+def test_images_without_cells(rows: int, columns: int) -> None:
+    row_lse, col_lse = dual_softmax_lse(torch.rand(1, rows, 4), torch.rand(1, columns, 4), 0.1)
+    assert row_lse.tolist() == [[-math.inf] * rows]
+    assert col_lse.tolist() == [[-math.inf] * columns]

@@ -86,21 +86,20 @@ def mutual_best(
     best0 = torch.zeros(features1.shape[:2], dtype=torch.int64, device=features1.device)
     score1 = features0.new_full(features0.shape[:2], -torch.inf)
     score0 = features1.new_full(features1.shape[:2], -torch.inf)
-    if row_lse is not None and col_lse is not None:
-        # 2 s - r - c as one product: every pass over the scores costs as much as a third of it.
-        one0, one1 = (torch.ones_like(f[..., :1]) for f in (features0, features1))
-        features0 = torch.cat([2 * features0, -temperature * row_lse[..., None], one0], 2)
-        features1 = torch.cat([features1, one1, -temperature * col_lse[..., None]], 2)
     held = _Buffer(features0, features1)
     with torch.autocast(features0.device.type, enabled=False):
         for rows in _row_blocks(features0, features1):
             mask = None if mask0 is None else mask0[:, rows]
             scores = _scores(features0[:, rows], features1, temperature, mask, mask1, held)
+            if row_lse is not None and col_lse is not None:
+                # Half of 2 s - r - c, doubled at the end: a pass less over the scores. They are those that the
+                # normalisers were computed from, bit for bit, so that rounding cancels in large ones.
+                scores = scores.sub_(row_lse[:, rows, None] / 2).sub_(col_lse[:, None] / 2)
             score1[:, rows], best1[:, rows] = scores.max(2)
             block_score0, block_best0 = scores.max(1)
             best0 = torch.where(block_score0 > score0, block_best0 + rows.start, best0)
             score0 = torch.maximum(score0, block_score0)
-    return best1, best0, score1
+    return best1, best0, score1 if row_lse is None or col_lse is None else 2 * score1
 
 
 def pair_scores(
