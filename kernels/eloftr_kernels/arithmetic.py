@@ -31,9 +31,8 @@ def two_way_logsumexp(scores: Tensor, scratch: Tensor | None = None) -> tuple[Te
         Over the columns (B, R), and over the rows (B, S).
     """
     differentiable = torch.is_grad_enabled() and scores.requires_grad
-    if (
-        scores.device.type != "cpu" or differentiable or torch.compiler.is_compiling()
-    ):  # a branch on values: no graph
+    one_graph = torch.compiler.is_compiling()  # which a branch on values would break
+    if scores.device.type != "cpu" or differentiable or one_graph or scores.numel() == 0:
         return torch.logsumexp(scores, 2), torch.logsumexp(scores, 1)
     limits = torch.finfo(scores.dtype)
     least = math.log(limits.tiny) + 7  # e^least is negligible beside 1, and still no denormal number

@@ -76,6 +76,16 @@ def exact(folder: Path, accumulate: int = 1) -> TrainingConfig:
     )
 
 
+def whole(folder: Path) -> TrainingConfig:
+    """A whole run in float64: in float32 six steps of AdamW make percents of rounding."""
+    return short(
+        folder,
+        model={"freeze_batch_norm": True},
+        validation={"every": 3},
+        run={"precision": "64-true"},
+    )
+
+
 def gradients(config: TrainingConfig, case: str, process: int, processes: int) -> dict[str, torch.Tensor]:
     """Gradients of the first step, by parameter; ``blank`` leaves true pairs to process 0 alone."""
     fabric = build_fabric(config)
@@ -120,7 +130,7 @@ def _group(folder: Path) -> None:
     }
     torch.save(found, folder / f"gradients{rank}.pt")
     torch.distributed.barrier()
-    train(short(folder / "run", model={"freeze_batch_norm": True}, validation={"every": 3}))
+    train(whole(folder / "run"))
     torch.distributed.destroy_process_group()
 
 
