@@ -10,7 +10,7 @@ demo: $(VENV)/.installed ## match the bundled pair; writes out/matches.npz and o
 	$(BIN)/eloftr-ops demo --output-dir out
 
 test: $(VENV)/.installed-dev lint ## lint, types, tests
-	$(BIN)/python -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q # two processes of two threads each would wait for one another
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
