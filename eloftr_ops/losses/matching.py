@@ -78,10 +78,8 @@ def window_losses(
 ) -> tuple[Tensor, Tensor]:
     r"""Pixel-level and sub-pixel loss in the windows of true pairs.
 
-    The sub-pixel loss is the squared distance of the 3x3 expectation from the true offset :math:`o`, and
-    ``divergence`` times :math:`\mathrm{KL}(w(o) \,\|\, p)` of the 3x3 probability :math:`p` from the bilinear weights
-    :math:`w(o)`, the distribution on the neighbourhood whose expectation is :math:`o`. The distance alone hardly moves
-    scores that start out flat; the divergence does.
+    The sub-pixel loss is the squared distance of the 3x3 expectation from the true offset, and ``divergence`` times
+    :func:`subpixel_divergence`.
 
     Args:
         fine0: (B, D, 4h0, 4w0) fused fine map.
@@ -118,14 +116,36 @@ def window_losses(
         expected = F.softmax(scores, 1) @ subpixel_offsets(scores)
     subpixel = (expected - offset).square().sum(-1)
     if divergence:
-        target = _bilinear_weights(offset).to(scores)
-        logarithm = F.log_softmax(scores, 1)
-        subpixel = subpixel + divergence * F.kl_div(logarithm, target, reduction="none").sum(1)
+        subpixel = subpixel + divergence * subpixel_divergence(scores, offset)
     return pixel, _reduced(subpixel, reduction)
 
 
+def subpixel_divergence(scores: Tensor, offsets: Tensor) -> Tensor:
+    r""":math:`\mathrm{KL}(w(o) \,\|\, \mathrm{softmax}(s))` of 3x3 scores from the bilinear weights of offsets.
+
+    The weights :math:`w(o)` are those of bilinear interpolation at :math:`o`; their expectation is :math:`o`. Where the
+    squared distance asks for the right mean alone, this asks for the right shape.
+
+    Convention:
+        Rows first, offsets (x, y) in pixels from the centre of the neighbourhood.
+
+    Gradient:
+        To the scores, :math:`\mathrm{softmax}(s) - w(o)`: bounded, and zero at the minimum, which is zero. None to the
+        offsets.
+
+    Args:
+        scores: (N, 9) before the softmax.
+        offsets: (N, 2) within [-1, 1].
+
+    Returns:
+        (N,), in the dtype of ``scores``.
+    """
+    target = _bilinear_weights(offsets.detach()).to(scores)
+    return F.kl_div(F.log_softmax(scores, 1), target, reduction="none").sum(1)
+
+
 def _bilinear_weights(offsets: Tensor) -> Tensor:
-    """(N, 2) offsets (x, y) within half a pixel -> (N, 9) weights of the 3x3 neighbourhood, rows first."""
+    """(N, 2) offsets (x, y) within a pixel -> (N, 9) weights of the 3x3 neighbourhood, rows first."""
     steps = torch.arange(-1, 2, device=offsets.device, dtype=offsets.dtype)
     across, down = (1 - (offsets[..., None] - steps).abs()).clamp(min=0).unbind(1)
     return (down[:, :, None] * across[:, None]).flatten(1)

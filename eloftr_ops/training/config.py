@@ -151,7 +151,7 @@ class LossConfig:
         windows: true pairs of cells whose windows the fine losses look at, expected number per step.
         fine_weight: of the pixel and sub-pixel losses together.
         subpixel_weight: of the sub-pixel loss within them.
-        subpixel_divergence: of the divergence within the sub-pixel loss, see ``losses.matching.window_losses``.
+        subpixel_divergence: of ``losses.matching.subpixel_divergence`` within the sub-pixel loss; 0 leaves it out.
         fine_from: step from which the fine losses are trained too; before it the pyramid is not run.
         padding: fine losses look at the matcher's own pairs, completed with true ones (ground-truth padding, LoFTR);
             costs one more pass without gradient.
@@ -169,7 +169,7 @@ class LossConfig:
     windows: int = 512
     fine_weight: float = 0.5
     subpixel_weight: float = 1.0
-    subpixel_divergence: float = 3.0
+    subpixel_divergence: float = 0.0
     fine_from: int = 0
     padding: bool = False
     least_true: float = 0.25

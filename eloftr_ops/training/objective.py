@@ -18,6 +18,7 @@ from eloftr_ops.matcher import EfficientLoFTR
 from eloftr_ops.training.batches import DEPTH, HOMOGRAPHY, POSE, TrainingBatch
 from eloftr_ops.training.config import LossConfig
 from eloftr_ops.training.end_to_end import homography_objective_of_matches, pose_objective_of_matches
+from eloftr_ops.training.optimization import evaluation_mode
 from eloftr_ops.training.supervision import (
     pad_with_true_pairs,
     pairs_consistent_with_pose,
@@ -249,16 +250,11 @@ def _geometric_sums(matches: Matches, batch: TrainingBatch, config: LossConfig) 
 
 def _predicted_pairs(matcher: EfficientLoFTR, batch: TrainingBatch) -> CoarsePairs:
     """What the matcher matches now, in evaluation mode, in which pairs do not depend on each other."""
-    modes = {module: module.training for module in matcher.modules()}
-    matcher.eval()
-    try:
+    with evaluation_mode(matcher):
         maps = matcher.match_maps(*matcher.pair_features(batch.matcher_input()))
         if maps.best is None:
             raise ValueError("maps: expected best cells, got none.")
         matches = select_matches(maps.scores, maps.best, *maps.grids, maps.mask0, maps.mask1, matcher.config)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return CoarsePairs(matches.batch, matches.cells0, matches.cells1)
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +51,18 @@ def averaged(matcher: EfficientLoFTR, decay: float) -> torch.optim.swa_utils.Ave
         torch.optim.swa_utils.get_ema_multi_avg_fn(warmed)(means, current, count)
 
     return torch.optim.swa_utils.AveragedModel(matcher, multi_avg_fn=average, use_buffers=True)
+
+
+@contextmanager
+def evaluation_mode(matcher: EfficientLoFTR) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module in the mode that it was in, frozen BatchNorms too."""
+    modes = {module: module.training for module in matcher.modules()}
+    matcher.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def train_mode(matcher: EfficientLoFTR, *, freeze_batch_norm: bool) -> None:

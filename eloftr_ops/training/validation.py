@@ -11,6 +11,7 @@ from kornia.geometry import transform_points
 
 from eloftr_ops.matcher import EfficientLoFTR
 from eloftr_ops.training.batches import TrainingBatch
+from eloftr_ops.training.optimization import evaluation_mode
 from eloftr_ops.types import Matches
 
 
@@ -45,11 +46,9 @@ def validate(matcher: EfficientLoFTR, batches: Iterable[TrainingBatch]) -> Valid
         matcher: left in the mode that it was in.
         batches: with ``H_0to1``, on any device.
     """
-    device, training = next(matcher.parameters()).device, matcher.training
-    modes = {module: module.training for module in matcher.modules()}
+    device = next(matcher.parameters()).device
     pairs = total = right_1px = right_3px = 0
-    matcher.eval()
-    try:
+    with evaluation_mode(matcher):
         for batch in batches:
             data = {name: value.to(device) for name, value in batch.matcher_input().items()}
             matches = Matches(**matcher(data, mode="hard"))
@@ -61,9 +60,5 @@ def validate(matcher: EfficientLoFTR, batches: Iterable[TrainingBatch]) -> Valid
                 error = (truth - matches.keypoints1).norm(dim=-1)
                 right_1px += int((error <= 1).sum())
                 right_3px += int((error <= 3).sum())
-    finally:
-        matcher.train(training)
-        for module, mode in modes.items():
-            module.training = mode
     pairs = max(pairs, 1)
     return Validation(total / pairs, right_1px / pairs, right_3px / pairs)

@@ -21,17 +21,17 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig, Matches, __version__
+from eloftr_ops import EfficientLoFTR, Matches, __version__
 from eloftr_ops.cli import app
-from support.models import StandIn
+from support.models import TINY, StandIn, put_for_pretrained
 
-TINY = EfficientLoFTRConfig(
+# Finds a few matches with its random weights.
+ONE_LAYER = TINY.replace(
     stage_channels=(8, 8, 16, 32),
     stage_blocks=(1, 1, 1, 1),
     num_layers=1,
-    num_heads=2,
     subpixel_channels=2,
-    threshold=0.0,
+    centred_subpixel=False,
 )
 ASSETS = resources.files("eloftr_ops") / "assets"
 H_DEMO = torch.tensor(json.loads((ASSETS / "demo.json").read_text())["H_0to1"], dtype=torch.float64)
@@ -69,13 +69,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result
         (tmp_path / name).write_bytes((ASSETS / name).read_bytes())
 
     def call(*arguments: object, matcher: type[EfficientLoFTR] = EfficientLoFTR) -> Result:
-        def load(name: str = "small", **_: object) -> EfficientLoFTR:
-            if name != "small":
-                raise FileNotFoundError(f"no weights called {name}")
-            torch.manual_seed(0)
-            return matcher(TINY).eval()
-
-        monkeypatch.setattr(EfficientLoFTR, "from_pretrained", load)
+        put_for_pretrained(monkeypatch, matcher, ONE_LAYER)
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
     return call

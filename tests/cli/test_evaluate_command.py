@@ -18,18 +18,10 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig, __version__
+from eloftr_ops import EfficientLoFTR, __version__
 from eloftr_ops.cli import app
-from support.models import StandIn
+from support.models import TINY, StandIn, put_for_pretrained
 
-TINY = EfficientLoFTRConfig(
-    stage_channels=(8, 8, 16, 32),
-    stage_blocks=(1, 1, 1, 1),
-    num_layers=1,
-    num_heads=2,
-    subpixel_channels=2,
-    threshold=0.2,
-)
 K = [[100.0, 0, 64], [0, 100, 48], [0, 0, 1]]
 
 
@@ -76,13 +68,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: object, matcher: type[EfficientLoFTR] = Identity) -> Result:
-        def load(name: str = "small", **_: object) -> EfficientLoFTR:
-            if name != "small":
-                raise FileNotFoundError(f"no weights called {name}")
-            torch.manual_seed(0)
-            return matcher(TINY).eval()
-
-        monkeypatch.setattr(EfficientLoFTR, "from_pretrained", load)
+        put_for_pretrained(monkeypatch, matcher, TINY.replace(threshold=0.2))
         return CliRunner().invoke(app, ["evaluate", *[str(argument) for argument in arguments]])
 
     return call

@@ -26,7 +26,8 @@ def assert_same_matches(got: dict[str, Tensor], expected: dict[str, Tensor]) -> 
     assert torch.equal(got["batch_indexes"], expected["batch_indexes"])
     for key in ("keypoints0", "keypoints1"):
         torch.testing.assert_close(got[key], expected[key], rtol=0, atol=1e-3)
-    torch.testing.assert_close(got["confidence"], expected["confidence"], rtol=1e-2, atol=1e-4)
+    # The logarithm of a confidence is a sum of scores of some 60, from features that are within 2e-5.
+    torch.testing.assert_close(got["confidence"], expected["confidence"], rtol=5e-3, atol=0)
 
 
 def test_matches_of_the_embedded_model_are_those_of_the_plain_way() -> None:
@@ -75,7 +76,8 @@ def test_bfloat16_keeps_nearly_all_matches_within_half_a_cell() -> None:
     assert got["keypoints0"].dtype == torch.float32
     near = torch.cdist(got["keypoints0"], expected["keypoints0"], p=torch.inf) <= 4
     near &= torch.cdist(got["keypoints1"], expected["keypoints1"], p=torch.inf) <= 4
-    # The convolutions' 2^-9 flips about one in fifty of the decisions at the threshold or between equals.
+    # bfloat16 has no bound on decisions at the threshold or between near equals. 98.9 % are shared here; with the
+    # transformer in bfloat16 as well it was 92 %, and that is what must not come back.
     assert min(near.any(0).float().mean(), near.any(1).float().mean()) > 0.96
 
 

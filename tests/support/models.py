@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models and images that tests share."""
 
+import pytest
 import torch
 
 from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig
@@ -46,3 +47,17 @@ class StandIn(EfficientLoFTR):
 
     def optimize_for_inference(self, **_: object) -> "StandIn":  # type: ignore[override]
         return self
+
+
+def put_for_pretrained(
+    monkeypatch: pytest.MonkeyPatch, matcher: type[EfficientLoFTR], config: EfficientLoFTRConfig
+) -> None:
+    """``from_pretrained("small")`` gives this class with random weights; there are no others."""
+
+    def load(name: str = "small", **_: object) -> EfficientLoFTR:
+        if name != "small":
+            raise FileNotFoundError(f"no weights called {name}")
+        torch.manual_seed(0)
+        return matcher(config).eval()
+
+    monkeypatch.setattr(EfficientLoFTR, "from_pretrained", load)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eloftr_kernels.window_match import subpixel_offsets
-from eloftr_ops.losses.matching import _bilinear_weights, coarse_focal_loss, window_losses
+from eloftr_ops.losses.matching import coarse_focal_loss, subpixel_divergence, window_losses
 from eloftr_ops.training.supervision import (
     CoarsePairs,
     pairs_from_homography,
@@ -111,11 +111,32 @@ def test_the_divergence_is_that_from_bilinear_weights() -> None:
     torch.testing.assert_close(both - alone, expected)
 
 
-def test_the_divergence_is_least_where_the_probability_is_the_bilinear_weights() -> None:
-    offsets = subpixel_offsets(torch.zeros(1))
-    for offset in ((0.0, 0.0), (0.5, -0.5), (-0.3, 0.2)):
-        weights = _bilinear_weights(torch.tensor([offset]))[0]
-        torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
-        torch.testing.assert_close(weights @ offsets, torch.tensor(offset))
-        alone, both = _with_offset(offset)
-        assert both > alone
+@pytest.mark.parametrize("offset", [(0.0, 0.0), (0.5, -0.5), (-0.3, 0.2)])
+def test_the_divergence_is_zero_at_the_bilinear_weights_and_only_there(offset: tuple[float, float]) -> None:
+    """The weights written out here: (1 - |d|) on each axis, d the distance from the pixel."""
+    x, y = offset
+    weights = torch.tensor(
+        [max(0.0, 1 - abs(y - j)) * max(0.0, 1 - abs(x - i)) for j in (-1, 0, 1) for i in (-1, 0, 1)],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(weights @ subpixel_offsets(weights), torch.tensor(offset, dtype=torch.float64))
+    scores = weights.clamp(min=1e-300).log()[None] + 3.0  # a constant changes no softmax
+    offsets = torch.tensor([offset], dtype=torch.float64)
+    assert abs(float(subpixel_divergence(scores, offsets))) < 1e-14
+    for pixel in (weights < 1).nonzero()[:, 0].tolist():
+        moved = scores.clone()
+        moved[0, pixel] = scores.max() + 0.5
+        assert float(subpixel_divergence(moved, offsets)) > 1e-2
+
+
+def test_the_divergence_has_its_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = 3 * torch.randn(4, 9, generator=generator, dtype=torch.float64)
+    offsets = torch.tensor([[0.0, 0.0], [0.5, 0.5], [-0.5, 0.25], [0.1, -0.4]], dtype=torch.float64)
+    scores.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: subpixel_divergence(s, offsets), (scores,))
+    (gradient,) = torch.autograd.grad(subpixel_divergence(scores, offsets).sum(), scores)
+    assert gradient.abs().amax(1).min() > 1e-3
+    extreme = (1e4 * scores.detach()).requires_grad_()
+    (gradient,) = torch.autograd.grad(subpixel_divergence(extreme, offsets).sum(), extreme)
+    assert gradient.isfinite().all()

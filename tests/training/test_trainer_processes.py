@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import exact, gradients, losses, short, whole
 
 from eloftr_ops.training.loop import train
+from support.training_runs import exact, gradients, losses, short, whole
 
-SCRIPT = Path(__file__).with_name("training_runs.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "training_runs.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from kornia.geometry import transform_points
 from torch import Tensor, nn
-from training_runs import short
 
 from eloftr_ops.training.batches import DEPTH, HOMOGRAPHY, POSE, batch_of_labelled, join_batches
 from eloftr_ops.training.config import LossConfig, SourceConfig
@@ -23,6 +22,7 @@ from eloftr_ops.training.objective import (
 from eloftr_ops.training.validation import validate
 from support.models import tiny_model
 from support.pair_files import rendered, save_image
+from support.training_runs import short
 
 
 def _mixture(tmp_path: Path, **data: object) -> PairMixture:

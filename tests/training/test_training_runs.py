@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import blank_pair, exact, gradients, losses, short
 
 from eloftr_ops import EfficientLoFTR
 from eloftr_ops.data import procedural_textures
@@ -19,6 +18,7 @@ from eloftr_ops.training.optimization import averaged, learning_rate
 from eloftr_ops.training.trainer import Trainer
 from support.models import tiny_model
 from support.pair_files import save_image
+from support.training_runs import blank_pair, exact, gradients, losses, short
 
 
 def _trainer(config: TrainingConfig) -> tuple[Trainer, PairMixture]:

@@ -22,9 +22,8 @@ from eloftr_kernels.kernel_common import NORM_EPS
 from eloftr_kernels.upsample_mlp.reference import LEAKY_SLOPE
 
 SIDE = tl.constexpr(AGGREGATION)
-REACH = tl.constexpr(
-    2 * AGGREGATION
-)  # a token is interpolated by the cells of an 8x8 window around its own 4x4
+# A token is interpolated by the cells of an 8x8 window around its own 4x4.
+REACH = tl.constexpr(2 * AGGREGATION)
 SLOPE = tl.constexpr(LEAKY_SLOPE)
 MIN_SHARE = tl.constexpr(0.25)
 LARGE_TILE_BYTES = 120 * 1024
