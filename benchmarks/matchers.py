@@ -167,7 +167,7 @@ def timed_stages(model: Any, device: torch.device) -> Iterator[dict[str, float]]
 
         return call
 
-    parts = {"backbone": (model, "pair_features"), "coarse matching": (model, "match_maps"),
+    parts = {"backbone": (model.backbone, "forward"), "coarse matching": (model, "match_maps"),
              "transformer": (model.transformer, "forward"), "pyramid": (model, "fine_maps"),
              "selection and windows": (model, "forward")}  # fmt: skip
     replaced = [(owner, attribute, vars(owner).get(attribute)) for owner, attribute in parts.values()]

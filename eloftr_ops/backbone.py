@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eloftr_ops.bands import by_bands
 from eloftr_ops.config import EfficientLoFTRConfig
 
 STAGE_STRIDES = (2, 1, 2, 2)
@@ -86,6 +87,8 @@ class RepVGG(nn.Module):
 
     def __init__(self, config: EfficientLoFTRConfig, *, fused: bool = False) -> None:
         super().__init__()
+        self.half_channels = max(config.stage_channels[:2])
+        self.half_halo = sum(config.stage_blocks[:2])  # the 3x3 convolution of each block spoils a row
         self.stages = nn.ModuleList(
             nn.Sequential(
                 *(
@@ -108,12 +111,17 @@ class RepVGG(nn.Module):
         Every stride-2 convolution is centred on the even positions: cell (column, row) of the map at 1/s sits on
         pixel (s column, s row).
         """
+        half = by_bands(
+            self._to_half, image, height=image.shape[2] // 2, channels=self.half_channels, halo=self.half_halo
+        )
+        quarter = self.stages[2](half)
+        return half, quarter, self.stages[3](quarter)
+
+    def _to_half(self, image: Tensor) -> Tensor:
         # A one-channel image counts as channels-last too: state its layout instead of leaving it to strides.
         x = image.contiguous(memory_format=torch.contiguous_format)
         x = self.stages[0](x).contiguous(memory_format=torch.channels_last)
-        half = self.stages[1](x)
-        quarter = self.stages[2](half)
-        return half, quarter, self.stages[3](quarter)
+        return self.stages[1](x)  # type: ignore[no-any-return]
 
     def fuse(self) -> None:
         """Fold every block in place, for inference."""

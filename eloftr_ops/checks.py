@@ -121,13 +121,12 @@ def check_pair(data: Any) -> None:
             )
 
 
-def check_same_batch(features0: Features, features1: Features) -> None:
+def check_same_batch(batch0: int, batch1: int) -> None:
     """Both sides hold the same number of images.
 
     Raises:
         ValueError: they do not.
     """
-    batch0, batch1 = features0.coarse.shape[0], features1.coarse.shape[0]
     if batch0 != batch1:
         raise ValueError(
             f"data: expected the same batch size on both sides, got {batch0} and {batch1}. "

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from eloftr_kernels import WindowMatches
 from eloftr_kernels.window_match import WINDOW
+from eloftr_ops.bands import by_bands
 from eloftr_ops.backbone import fold_batch_norm
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode
 from eloftr_ops.types import CoarseMatches, CoarseScores
 
+_HALO = 4  # rows that a cut spoils: one of the upsampling, one of each 3x3 convolution; even, for the coarser map
 CELL = WINDOW  # pixels per side of a coarse cell
 
 
@@ -39,9 +41,19 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, coarse: Tensor, quarter: Tensor, half: Tensor) -> Tensor:
         """(B, C, h, w), (B, C2, 2h, 2w), (B, C1, 4h, 4w) -> (B, C1, 4h, 4w)."""
+        x = by_bands(
+            self._at_quarter, coarse, quarter, height=quarter.shape[2], channels=coarse.shape[1], halo=_HALO
+        )
+        return by_bands(
+            self._at_half, x, half, height=half.shape[2], channels=quarter.shape[1], halo=_HALO
+        )
+
+    def _at_quarter(self, coarse: Tensor, quarter: Tensor) -> Tensor:
         x = _upsample(self.coarse_projection(coarse * self.scale)).add_(self.quarter_projection(quarter))
-        x = _upsample(self.quarter_fusion(x)).add_(self.half_projection(half))
-        return self.half_fusion(x)  # type: ignore[no-any-return]
+        return self.quarter_fusion(x)  # type: ignore[no-any-return]
+
+    def _at_half(self, x: Tensor, half: Tensor) -> Tensor:
+        return self.half_fusion(_upsample(x).add_(self.half_projection(half)))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def fuse(self) -> None:

@@ -14,6 +14,7 @@ from kornia.feature import LoFTR
 from torch import Tensor, nn
 
 from eloftr_kernels import window_match
+from eloftr_kernels.dispatch import works_in_pieces
 from eloftr_ops.backbone import RepVGG
 from eloftr_ops.checks import check_features, check_image, check_mask, check_pair, check_same_batch
 from eloftr_ops.coarse import best_cells, score_cells, select_matches
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
     from eloftr_ops.weights.names import Layout
 
 SIZE_MULTIPLE = 32  # of the padded image: 4x4 aggregation of cells of 8x8 pixels
+
+
+class Image(NamedTuple):
+    """One side of a batch of pairs, as given."""
+
+    pixels: Tensor  # (B, 1, H, W)
+    mask: Tensor | None  # (B, H, W) bool
+
+
+Side = Image | Features
 
 
 class PairMaps(NamedTuple):
@@ -61,7 +72,7 @@ class EfficientLoFTR(LoFTR):
         - confidence: dual-softmax probability of the coarse pair, in (threshold, 1]; raw similarity for
           ``score="similarity"``.
         - dtypes: keypoints and confidence are float32 for float32, float16 and bfloat16 models, float64 for float64.
-        - a batch gives what its pairs give one by one.
+        - a batch gives what its pairs give one by one; without gradient, a CPU matches them one by one.
 
     Gradient:
         ``confidence`` carries gradient to both images in every mode. ``keypoints0`` and ``keypoints1``: see
@@ -99,9 +110,12 @@ class EfficientLoFTR(LoFTR):
             TypeError: types or dtypes other than these.
         """
         mode = self.config.replace(gradient_mode=mode or self.config.gradient_mode).gradient_mode
-        features0, features1 = self.pair_features(data)
-        maps = self.match_maps(features0, features1)
-        return self.matches_from_maps(features0, features1, maps, mode)._asdict()
+        side0, side1 = self._sides(data)
+        batch = len(side0[0])
+        if batch > 1 and works_in_pieces(side0[0]):
+            pairs = [self._match(_sample(side0, i), _sample(side1, i), mode) for i in range(batch)]
+            return _joined(pairs)._asdict()
+        return self._match(side0, side1, mode)._asdict()
 
     def extract_features(self, image: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """The part of matching that one image needs alone: keep it to match the image against many.
@@ -255,38 +269,47 @@ class EfficientLoFTR(LoFTR):
         return next(self.parameters()).dtype
 
     def pair_features(self, data: Mapping[str, Any]) -> tuple[Features, Features]:
-        """Features of both sides: given, or extracted, in one pass of the backbone where the images allow it."""
-        check_pair(data)
-        images: list[Tensor | None] = []
-        masks: list[Tensor | None] = []
-        for side in "01":
-            image = mask = None
-            if f"image{side}" in data:
-                image = check_image(f"image{side}", data[f"image{side}"], self._device)
-            if image is not None and data.get(f"mask{side}") is not None:
-                shape = (image.shape[0], *image.shape[-2:])
-                mask = check_mask(f"mask{side}", data[f"mask{side}"], f"image{side}", shape, self._device)
-            images.append(image)
-            masks.append(mask)
-        image0, image1 = images
+        """Features of both sides of what :meth:`forward` takes."""
+        return self._features(*self._sides(data))
+
+    def _match(self, side0: Side, side1: Side, mode: GradientMode) -> Matches:
+        features0, features1 = self._features(side0, side1)
+        maps = self.match_maps(features0, features1)
+        return self.matches_from_maps(features0, features1, maps, mode)
+
+    def _features(self, side0: Side, side1: Side) -> tuple[Features, Features]:
+        """Given, or extracted; in one pass of the backbone where the images allow it and the device likes it."""
         if (
-            image0 is not None
-            and image1 is not None
-            and image0.shape == image1.shape
-            and masks == [None, None]
+            isinstance(side0, Image)
+            and isinstance(side1, Image)
+            and side0.pixels.shape == side1.pixels.shape
+            and side0.mask is None
+            and side1.mask is None
+            and not works_in_pieces(side0.pixels)
         ):
-            return self._extract(torch.cat([image0, image1]), None).split()
-        features = []
-        for side, image, mask in zip("01", images, masks, strict=True):
-            if image is not None:
-                features.append(self._extract(image, mask))
-            else:
+            return self._extract(torch.cat([side0.pixels, side1.pixels]), None).split()
+        features0, features1 = (
+            self._extract(*side) if isinstance(side, Image) else side for side in (side0, side1)
+        )
+        return features0, features1
+
+    def _sides(self, data: Mapping[str, Any]) -> tuple[Side, Side]:
+        """Both sides of a batch of pairs, checked."""
+        check_pair(data)
+        sides: list[Side] = []
+        for side in "01":
+            if f"features{side}" in data:
                 widths = self.config.stage_channels[1:]
-                features.append(
-                    check_features(f"features{side}", data[f"features{side}"], widths, self._device)
-                )
-        check_same_batch(*features)
-        return features[0], features[1]
+                sides.append(check_features(f"features{side}", data[f"features{side}"], widths, self._device))
+                continue
+            mask = None
+            pixels = check_image(f"image{side}", data[f"image{side}"], self._device)
+            if data.get(f"mask{side}") is not None:
+                shape = (pixels.shape[0], *pixels.shape[-2:])
+                mask = check_mask(f"mask{side}", data[f"mask{side}"], f"image{side}", shape, self._device)
+            sides.append(Image(pixels, mask))
+        check_same_batch(len(sides[0][0]), len(sides[1][0]))
+        return sides[0], sides[1]
 
     def _extract(self, image: Tensor, mask: Tensor | None) -> Features:
         height, width = image.shape[-2:]
@@ -298,6 +321,18 @@ class EfficientLoFTR(LoFTR):
             image, mask = F.pad(image * mask[:, None], pad), F.pad(mask, pad)
         half, quarter, coarse = self.backbone(image)
         return Features(half, quarter, coarse, mask)
+
+
+def _sample(side: Side, index: int) -> Side:
+    """One sample of a batch, as a batch of one."""
+    return type(side)(*(None if x is None else x[index : index + 1] for x in side))
+
+
+def _joined(pairs: list[Matches]) -> Matches:
+    """Matches of a batch from those of its pairs."""
+    owners = [torch.full_like(matches.batch_indexes, i) for i, matches in enumerate(pairs)]
+    keypoints0, keypoints1, confidence, _ = (torch.cat(field) for field in zip(*pairs, strict=True))
+    return Matches(keypoints0, keypoints1, confidence, torch.cat(owners))
 
 
 def _on_image(matches: Matches, features0: Features, features1: Features) -> Matches:

@@ -14,14 +14,50 @@ def accumulation_dtype(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+class Scratch:
+    """Memory that the pieces of one computation share: fresh memory costs a CPU more than what is computed into it.
+
+    Args:
+        elements: that the largest piece needs.
+        like: whose dtype and device it has.
+    """
+
+    def __init__(self, elements: int, like: Tensor) -> None:
+        self._memory = like.new_empty(elements)
+
+    def view(self, *shape: int) -> Tensor:
+        """The beginning of it, in this shape, holding whatever was left there."""
+        return self._memory[: math.prod(shape)].view(shape)
+
+
+def first_max(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """``x.max(dim)``, the first of equals, as (values, indices); no gradient.
+
+    A CPU finds maxima much sooner than where they are. Where the size allows it, groups of up to 64 are reduced first,
+    and only the winning group is searched.
+    """
+    x = x.detach()
+    group = math.gcd(x.shape[dim], 64)
+    if x.device.type != "cpu" or group < 32:
+        values, indices = x.max(dim)
+        return values, indices
+    dim %= x.ndim
+    groups = x.unflatten(dim, (-1, group))
+    winner = groups.amax(dim + 1).max(dim, keepdim=True).indices.unsqueeze(dim + 1)
+    shape = [*groups.shape]
+    shape[dim] = 1
+    values, within = groups.gather(dim, winner.expand(shape)).squeeze(dim).max(dim)
+    return values, winner.squeeze(dim + 1).squeeze(dim) * group + within
+
+
 def two_way_logsumexp(scores: Tensor, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Log-sum-exp of a matrix along both of its dimensions.
 
     Without gradient on a CPU both come from one exponential: with the row maxima :math:`m_i` and their maximum
     :math:`m`, the columns' sums are :math:`\sum_i e^{m_i - m} e^{s_{ij} - m_i}`, a product of a vector and a matrix.
     Where that underflows, a column far below the largest score, the columns are summed from their own maxima.
-    Exponents that would underflow are raised to the least that do not: CPUs take tens of times longer over
-    exponentials that vanish.
+    Exponents that would underflow are raised to the least that do not, and the vector is scaled up so that no product
+    does: CPUs take tens of times longer over numbers that vanish.
 
     Args:
         scores: (B, R, S). Sums of nothing are -inf.
@@ -40,8 +76,9 @@ def two_way_logsumexp(scores: Tensor, scratch: Tensor | None = None) -> tuple[Te
     powers = torch.sub(scores, top, out=scratch).clamp_(min=least).exp_()
     over_columns = powers.sum(2).log_().add_(top[..., 0])
     highest = top.amax(1, keepdim=True)
-    weights = (top - highest).clamp_(min=least).exp_()
-    sums = (weights.mT @ powers)[:, 0]
+    scale = 2.0 ** math.floor(-(least + 6) / math.log(2))  # exact; the least product is above limits.tiny
+    weights = (top - highest).clamp_(min=least).exp_().mul_(scale)
+    sums = (weights.mT @ powers)[:, 0].div_(scale)
     # What the raised exponents add must be below rounding.
     if bool((sums < scores.shape[1] * math.exp(least) / limits.eps).any()):
         highest = scores.amax(1, keepdim=True)

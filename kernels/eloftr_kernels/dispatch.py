@@ -99,6 +99,15 @@ def why_not_triton(tensors: Mapping[str, Tensor | None], head_size: int | None =
     return None
 
 
+def works_in_pieces(x: Tensor) -> bool:
+    """Whether work on ``x`` is better done piece by piece: on a CPU, with no graph to record and none to trace.
+
+    What a piece needs stays in the caches, and in memory that the allocator keeps: it gives large tensors back to the
+    system, and page faults on fresh ones cost more than most layers.
+    """
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -34,6 +34,11 @@ def _run(model: EfficientLoFTR, data: dict, **options: str) -> dict[str, torch.T
         return model(data, **options)
 
 
+def _run_at_once(model: EfficientLoFTR, data: dict) -> dict[str, torch.Tensor]:
+    """The whole batch through every layer, as with gradients; without them a CPU goes pair by pair."""
+    return {key: value.detach() for key, value in model(data).items()}
+
+
 def _assert_same_matches(a: dict, b: dict, atol: float = 1e-3) -> None:
     """The same cells, and keypoints and confidences to float32 tolerance; a few windows may hold a tie."""
     assert len(a["keypoints0"]) == len(b["keypoints0"]) > 5
@@ -64,13 +69,28 @@ def test_an_image_matches_itself_in_place() -> None:
     assert at_home.float().mean() > 0.5
 
 
-def test_a_batch_equals_its_pairs_one_by_one(model: EfficientLoFTR) -> None:
-    data = _pair(3)
-    together = _run(model, data)
-    for index in range(3):
+def _assert_batch_of(model: EfficientLoFTR, data: dict, together: dict) -> None:
+    """The matches of a batch are those of its pairs."""
+    for index in range(len(data["image0"])):
         alone = _run(model, {k: v[index : index + 1] for k, v in data.items()})
         own = together["batch_indexes"] == index
         _assert_same_matches({k: v[own] for k, v in together.items()}, alone)
+
+
+@pytest.mark.parametrize("run", [_run_at_once, _run])
+def test_a_batch_equals_its_pairs_one_by_one(model: EfficientLoFTR, run) -> None:
+    data = _pair(3)
+    _assert_batch_of(model, data, run(model, data))
+
+
+def test_a_batch_without_gradient_is_matched_pair_by_pair_on_a_cpu(model: EfficientLoFTR) -> None:
+    """What it takes is what one pair takes: no map of the whole batch is made."""
+    data, batches = _pair(3), []
+    hook = model.backbone.register_forward_hook(lambda _, images, __: batches.append(len(images[0])))
+    _run(model, data)
+    _run_at_once(model, data)
+    hook.remove()
+    assert batches == [1] * 6 + [6]
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
@@ -122,10 +142,7 @@ def test_masks_of_any_shape(seed: int) -> None:
     other = {**data, "image0": torch.where(data["mask0"][:, None], data["image0"], noise)}
     again = _run(model, other)
     assert all(torch.equal(out[k], again[k]) for k in OUTPUTS)
-    for index in range(2):
-        alone = _run(model, {k: v[index : index + 1] for k, v in data.items()})
-        own = out["batch_indexes"] == index
-        _assert_same_matches({k: v[own] for k, v in out.items()}, alone)
+    _assert_batch_of(model, data, _run_at_once(model, data))
 
 
 def test_all_true_masks_change_nothing(model: EfficientLoFTR) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eloftr_kernels.arithmetic import two_way_logsumexp
+from eloftr_kernels.arithmetic import first_max, two_way_logsumexp
 
 
 def relative_errors(scores: torch.Tensor) -> list[float]:
@@ -66,3 +66,20 @@ def test_sums_of_nothing(shape: tuple[int, int, int]) -> None:
         two_way_logsumexp(scores), (torch.logsumexp(scores, 2), torch.logsumexp(scores, 1)), strict=True
     ):
         assert torch.equal(got, want)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    size=st.sampled_from([1, 3, 31, 32, 60, 64, 96, 256]),
+    dim=st.sampled_from([0, 1, -1]),
+    values=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_first_of_equal_maxima(size: int, dim: int, values: int, seed: int) -> None:
+    """Few different values, so that nearly every maximum has equals; whole groups and others."""
+    shape = [2, 3, 5]
+    shape[dim] = size
+    x = torch.randint(values, shape, generator=torch.Generator().manual_seed(seed)).float()
+    maxima, first = first_max(x, dim)
+    assert torch.equal(maxima, x.amax(dim))
+    assert first.tolist() == x.numpy().argmax(dim).tolist()  # numpy promises the first

@@ -130,12 +130,26 @@ def test_upsampling_is_transposed_exactly() -> None:
     g = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, 2 * channels, 3, 2, generator=g).to(DEVICE)
     grad = torch.randn(1, height * width, 2 * channels, generator=g).to(DEVICE)
-    up = reference._upsample(coarse, height, width, None).flatten(2).mT
+    up = torch.nn.functional.interpolate(coarse, scale_factor=4.0, mode="bilinear")
+    up = up[..., :height, :width].flatten(2).mT
     back = torch.full((1, 6, 2 * channels), float("nan"), device=DEVICE)
     kernel._upsample_bwd[1, 1, 1](
         grad, grad, grad, back, height, width, C=channels, HAS_MASK=False, BLOCK_T=16, BLOCK_U=32
     )
     torch.testing.assert_close((up * grad).sum(), (coarse.flatten(2).mT * back).sum())
+
+
+@pytest.mark.parametrize("case", [make((27, 10)), make((27, 10), masked=True), make((8, 5), batch=1)])
+def test_rows_taken_piece_by_piece_give_the_whole(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.enable_grad(), spy(reference.F, "layer_norm") as calls:
+        whole = reference.upsample_mlp(*case.tensors, case.mask)
+    assert calls["layer_norm"] == 1  # a graph could be recorded: all rows at once
+    monkeypatch.setattr(reference, "PIECE_ELEMENTS", 1)  # four rows of cells at a time
+    with torch.no_grad(), spy(reference.F, "layer_norm") as calls:
+        pieces = reference.upsample_mlp(*case.tensors, case.mask)
+    rows = case.tensors[0].shape[2]
+    assert calls["layer_norm"] == (-(-rows // 4) if DEVICE == "cpu" else 1)
+    torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=1e-12)
 
 
 def test_nan_is_not_hidden() -> None:

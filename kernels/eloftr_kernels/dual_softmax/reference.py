@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from eloftr_kernels.arithmetic import accumulation_dtype, two_way_logsumexp
+from eloftr_kernels.arithmetic import Scratch, accumulation_dtype, first_max, two_way_logsumexp
 
-BLOCK_ELEMENTS = 1 << 21  # scores held at once: 8 MB in float32
+BLOCK_ELEMENTS = 1 << 22  # scores held at once: 16 MB in float32
 MASKED = -1e9  # score of a masked pair; finite, so that a fully masked row has no NaN in value or gradient
 
 T = TypeVar("T")
@@ -52,7 +51,7 @@ def dual_softmax_lse(
             return torch.cat(row_parts, 1), torch.logsumexp(torch.stack(col_parts), 0)
         row_lse = features0.new_empty(features0.shape[:2])
         col_lse = features1.new_full(features1.shape[:2], -torch.inf)
-        held, scratch = _Buffer(features0, features1), _Buffer(features0, features1)
+        held, scratch = _block_memory(features0, features1), _block_memory(features0, features1)
         for rows, mask in blocks:
             scores = _scores(features0[:, rows], features1, temperature, mask, mask1, held)
             row_lse[:, rows], block_col = two_way_logsumexp(scores, scratch.view(*scores.shape))
@@ -86,7 +85,7 @@ def mutual_best(
     best0 = torch.zeros(features1.shape[:2], dtype=torch.int64, device=features1.device)
     score1 = features0.new_full(features0.shape[:2], -torch.inf)
     score0 = features1.new_full(features1.shape[:2], -torch.inf)
-    held = _Buffer(features0, features1)
+    held = _block_memory(features0, features1)
     with torch.autocast(features0.device.type, enabled=False):
         for rows in _row_blocks(features0, features1):
             mask = None if mask0 is None else mask0[:, rows]
@@ -95,8 +94,8 @@ def mutual_best(
                 # Half of 2 s - r - c, doubled at the end: a pass less over the scores. They are those that the
                 # normalisers were computed from, bit for bit, so that rounding cancels in large ones.
                 scores = scores.sub_(row_lse[:, rows, None] / 2).sub_(col_lse[:, None] / 2)
-            score1[:, rows], best1[:, rows] = scores.max(2)
-            block_score0, block_best0 = scores.max(1)
+            score1[:, rows], best1[:, rows] = first_max(scores, 2)
+            block_score0, block_best0 = first_max(scores, 1)
             best0 = torch.where(block_score0 > score0, block_best0 + rows.start, best0)
             score0 = torch.maximum(score0, block_score0)
     return best1, best0, score1 if row_lse is None or col_lse is None else 2 * score1
@@ -127,27 +126,16 @@ def pair_scores(
     return 2 * score - row_lse[batch, cells0] - col_lse[batch, cells1]
 
 
-class _Buffer:
-    """Memory for one block of scores, used by all: fresh memory costs a CPU more than the product does."""
-
-    def __init__(self, features0: Tensor, features1: Tensor) -> None:
-        rows = min(_block_rows(features1), features0.shape[1])
-        self._memory = features0.new_empty(features1.shape[0] * rows * features1.shape[1])
-
-    def view(self, *shape: int) -> Tensor:
-        return self._memory[: math.prod(shape)].view(shape)
-
-
 def _scores(
     rows: Tensor,
     columns: Tensor,
     temperature: float,
     mask0: Tensor | None,
     mask1: Tensor | None,
-    buffer: _Buffer | None = None,
+    memory: Scratch | None = None,
 ) -> Tensor:
-    """(B, R, S) scores of (B, R, C) with (B, S, C), in ``buffer`` where no gradient is kept."""
-    out = None if buffer is None else buffer.view(*rows.shape[:2], columns.shape[1])
+    """(B, R, S) scores of (B, R, C) with (B, S, C), in ``memory`` where no gradient is kept."""
+    out = None if memory is None else memory.view(*rows.shape[:2], columns.shape[1])
     scores = torch.matmul(rows / temperature, columns.mT, out=out)
     for mask in (None if mask0 is None else mask0[:, :, None], None if mask1 is None else mask1[:, None]):
         if mask is not None:
@@ -162,7 +150,14 @@ def _row_blocks(features0: Tensor, features1: Tensor) -> Iterator[slice]:
 
 
 def _block_rows(features1: Tensor) -> int:
-    return max(1, BLOCK_ELEMENTS // max(1, features1.shape[0] * features1.shape[1]))
+    rows = max(1, BLOCK_ELEMENTS // max(1, features1.shape[0] * features1.shape[1]))
+    return rows if rows < 64 else rows // 64 * 64  # whole groups of first_max
+
+
+def _block_memory(features0: Tensor, features1: Tensor) -> Scratch:
+    """For one block of scores."""
+    rows = min(_block_rows(features1), features0.shape[1])
+    return Scratch(features1.shape[0] * rows * features1.shape[1], features0)
 
 
 def _recomputed(function: Callable[..., T], *args: Tensor | None) -> T:

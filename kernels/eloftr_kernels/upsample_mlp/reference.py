@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eloftr_kernels import dispatch
 from eloftr_kernels.aggregated_attention.reference import AGGREGATION, token_mask
 
 LEAKY_SLOPE = 0.01
+PIECE_ELEMENTS = 1 << 19  # of the hidden layer held at once on a CPU: 1 MB in float32, half of a core's L2 cache
 
 
 def upsample_mlp(
@@ -25,7 +30,8 @@ def upsample_mlp(
     .. math:: x + \mathrm{LN}\bigl(W_2\,\mathrm{LeakyReLU}_{0.01}(W_1\,[x;\, \mathrm{up}_{4}(m)])\bigr)
 
     with bilinear :math:`\mathrm{up}_4` (``align_corners=False``). Upsampling commutes with the linear map, so the
-    message's half of :math:`W_1` is applied before it, on a sixteenth of the positions.
+    message's half of :math:`W_1` is applied before it, on a sixteenth of the positions. Without a graph to record, a
+    CPU takes a few rows of cells at a time.
 
     With a mask, only messages of valid tokens are interpolated (their weights normalised to one, which repeats the
     last valid token beyond it as a cropped map would), and masked cells of the result are zero.
@@ -33,28 +39,59 @@ def upsample_mlp(
     Returns:
         (B, C, H, W), channels last in memory, dtype of ``x``.
     """
-    channels, (height, width) = x.shape[1], x.shape[-2:]
-    expand_x, expand_message = expand_weight.split(channels, dim=1)
-    hidden_message = F.linear(message.permute(0, 2, 3, 1), expand_message).permute(0, 3, 1, 2)
-    hidden_message = _upsample(hidden_message, height, width, mask)
+    batch, channels, height, width = x.shape
     tokens = x.permute(0, 2, 3, 1)
-    # In place where no backward asks for what is overwritten: fresh memory costs a CPU more than the arithmetic.
-    hidden = F.linear(tokens, expand_x).add_(hidden_message.permute(0, 2, 3, 1))
-    update = F.linear(F.leaky_relu(hidden, LEAKY_SLOPE, inplace=True), contract_weight)
-    update = F.layer_norm(update, (channels,), norm_weight, norm_bias)
-    y = (tokens + update).permute(0, 3, 1, 2)
+    message = message.permute(0, 2, 3, 1)
+    expand_x, expand_message = expand_weight.split(channels, dim=1)
+    hidden_message = F.linear(message, expand_message)
+    down, across = (
+        _interpolation(size, size_up, hidden_message)
+        for size, size_up in zip(message.shape[1:3], (height, width), strict=True)
+    )
+    share = None
+    if mask is not None:
+        valid = token_mask(mask)[..., None].to(hidden_message.dtype)
+        hidden_message = hidden_message * valid
+        # A valid cell lies in a valid token, whose weight is at least (5/8)^2: the bound only guards masked cells.
+        share = _along_rows(down, across @ valid).clamp(min=0.25)
+    hidden_message = across @ hidden_message
+
+    def update(rows: slice, tokens_near: slice) -> Tensor:
+        hidden = _along_rows(down[rows, tokens_near], hidden_message[:, tokens_near])
+        if share is not None:
+            hidden = hidden / share[:, rows]
+        hidden = torch.addmm(hidden.flatten(0, 2), tokens[:, rows].flatten(0, 2), expand_x.mT)
+        # In place where no backward asks for what is overwritten: fresh memory costs a CPU more than the arithmetic.
+        contracted = F.linear(F.leaky_relu(hidden, LEAKY_SLOPE, inplace=True), contract_weight)
+        contracted = contracted.unflatten(0, (batch, -1, width))
+        return F.layer_norm(contracted, (channels,), norm_weight, norm_bias)
+
+    if dispatch.works_in_pieces(x):
+        y = x.new_empty((batch, height, width, channels))
+        for rows, tokens_near in _row_pieces(height, 2 * batch * channels * width):
+            torch.add(tokens[:, rows], update(rows, tokens_near), out=y[:, rows])
+    else:
+        y = tokens + update(slice(None), slice(None))
+    y = y.permute(0, 3, 1, 2)
     return y if mask is None else y * mask[:, None]
 
 
-def _upsample(x: Tensor, height: int, width: int, mask: Tensor | None) -> Tensor:
-    if mask is not None:
-        valid = token_mask(mask)[:, None].to(x.dtype)
-        share = _bilinear(valid, height, width)
-        # A valid cell lies in a valid token, whose weight is at least (5/8)^2: the bound only guards masked cells.
-        return _bilinear(x * valid, height, width) / share.clamp(min=0.25)
-    return _bilinear(x, height, width)
+def _interpolation(size: int, size_up: int, like: Tensor) -> Tensor:
+    """(size_up, size): bilinear weights of ``size`` samples at each of the first ``size_up`` positions between them."""
+    position = (torch.arange(size_up, device=like.device, dtype=torch.float32) + 0.5) / AGGREGATION - 0.5
+    samples = torch.arange(size, device=like.device, dtype=torch.float32)
+    weights = (1 - (position.clamp(0, size - 1)[:, None] - samples).abs()).clamp(min=0)
+    return weights.to(like.dtype)  # multiples of 1/8: exact in every dtype
 
 
-def _bilinear(x: Tensor, height: int, width: int) -> Tensor:
-    y = F.interpolate(x, scale_factor=float(AGGREGATION), mode="bilinear", align_corners=False)
-    return y[..., :height, :width]
+def _along_rows(weights: Tensor, x: Tensor) -> Tensor:
+    """(R, h) on (B, h, W, C) -> (B, R, W, C)."""
+    return (weights @ x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def _row_pieces(height: int, elements_per_row: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of cells, and the rows of tokens that they are interpolated from."""
+    rows = AGGREGATION * max(1, PIECE_ELEMENTS // (AGGREGATION * max(1, elements_per_row)))
+    for start in range(0, height, rows):
+        first = start // AGGREGATION
+        yield slice(start, start + rows), slice(max(0, first - 1), first + rows // AGGREGATION + 1)

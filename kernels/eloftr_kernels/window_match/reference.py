@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from eloftr_kernels.arithmetic import accumulation_dtype, two_way_logsumexp
+from eloftr_kernels.arithmetic import Scratch, accumulation_dtype, first_max, two_way_logsumexp
+from eloftr_kernels.dispatch import works_in_pieces
 
-# Matches whose windows and scores are held at once: on a CPU what its caches hold (3 MB of scores), elsewhere 0.2 GB.
-CHUNK_CPU, CHUNK = 128, 1024
+# Matches whose windows and scores are held at once: on a CPU what its caches hold (6 MB of scores), elsewhere 0.2 GB.
+CHUNK_CPU, CHUNK = 256, 1024
 WINDOW = 8  # pixels per side of a coarse cell
 RING = 1  # pixels around the window of image 1, so that every 3x3 neighbourhood is complete
+_SCORES = WINDOW**2 * (WINDOW + 2 * RING) ** 2  # of one match
 _PATCH = WINDOW // 2 + 2  # half-resolution positions per side that a window is interpolated from
 
 T = TypeVar("T")
@@ -73,6 +75,8 @@ def window_match(
     chunk = CHUNK_CPU if map0.device.type == "cpu" else CHUNK
     if len(batch) <= chunk:
         return match(map0, map1, batch, cells0, cells1)
+    if works_in_pieces(map0):
+        match = partial(match, memory=[Scratch(chunk * _SCORES, accumulation_dtype(map0[:0])) for _ in "ab"])
     parts = [
         _recomputed(match, map0, map1, *(index[start : start + chunk] for index in (batch, cells0, cells1)))
         for start in range(0, len(batch), chunk)
@@ -97,6 +101,7 @@ def _match(
     subpixel_temperature: float,
     centred_subpixel: bool,
     soft_temperature: float | None,
+    memory: Sequence[Scratch] | None = None,
 ) -> WindowMatches:
     """One chunk of matches."""
     channels = map0.shape[1]
@@ -105,8 +110,8 @@ def _match(
     sizes = [channels - subpixel_channels, subpixel_channels]
     coarse0, sub0 = torch.split(windows0, sizes, -1)
     coarse1, sub1 = torch.split(windows1, sizes, -1)
-    log_joint = pixel_log_joint(coarse0, coarse1, channels)
-    best = log_joint.detach().flatten(1).argmax(1)
+    log_joint = pixel_log_joint(coarse0, coarse1, channels, memory)
+    best = first_max(log_joint.flatten(1), 1)[1]
     index0, index1 = best // WINDOW**2, best % WINDOW**2
     subpixel1 = subpixel_expectation(sub0, sub1, index0, index1, subpixel_temperature, centred_subpixel)
     grid = pixel_offsets(log_joint)
@@ -149,21 +154,26 @@ def windows(fine_map: Tensor, batch: Tensor, cells: Tensor, ring: int) -> Tensor
     return w.flatten(1, 2)
 
 
-def pixel_log_joint(coarse0: Tensor, coarse1: Tensor, channels: int) -> Tensor:
+def pixel_log_joint(
+    coarse0: Tensor, coarse1: Tensor, channels: int, memory: Sequence[Scratch] | None = None
+) -> Tensor:
     """Logarithm of the dual-softmax probability of every pixel pair, ring dropped: (M, 64, 64).
 
     Args:
         coarse0: (M, 64, D - d).
         coarse1: (M, 100, D - d).
         channels: D.
+        memory: two of M scores to work in, where no gradient is kept.
     """
+    shape = (*coarse0.shape[:2], coarse1.shape[1])
+    held, scratch = (None, None) if memory is None else (part.view(*shape) for part in memory)
     with torch.autocast(coarse0.device.type, enabled=False):
-        scores = accumulation_dtype(coarse0) @ (accumulation_dtype(coarse1) / channels).mT
-        grid = scores.view(*scores.shape[:2], WINDOW + 2 * RING, WINDOW + 2 * RING)
-        inner = grid[..., RING:-RING, RING:-RING].flatten(2)
-        over1, over0 = two_way_logsumexp(scores)
-        over0 = over0.view(-1, *grid.shape[2:])[:, RING:-RING, RING:-RING].flatten(1)
-        return (2 * inner).sub_(over0[:, None]).sub_(over1[..., None])
+        coarse1 = coarse1[:, _inside_first(coarse1.device)]
+        coarse0, coarse1 = accumulation_dtype(coarse0), accumulation_dtype(coarse1) / channels
+        scores = torch.matmul(coarse0, coarse1.mT, out=held)
+        over1, over0 = two_way_logsumexp(scores, scratch)
+        inside = slice(WINDOW**2)
+        return (2 * scores[..., inside]).sub_(over0[:, None, inside]).sub_(over1[..., None])
 
 
 def subpixel_expectation(
@@ -228,6 +238,14 @@ def _upsampling_matrix(ring: int, like: Tensor) -> Tensor:
     position = (torch.arange(side, device=like.device, dtype=torch.float32) - ring) / 2 - 0.25 + 1
     taps = torch.arange(_PATCH, device=like.device, dtype=torch.float32)
     return (1 - (position[:, None] - taps).abs()).clamp(min=0).to(like.dtype)
+
+
+def _inside_first(device: torch.device) -> Tensor:
+    """(100,) pixels of the window with its ring: those of the window, then those of the ring, rows first."""
+    side = torch.arange(WINDOW + 2 * RING, device=device)
+    within = (side >= RING) & (side < WINDOW + RING)
+    outside = ~(within[:, None] & within).flatten()
+    return outside.long().argsort(stable=True)
 
 
 def _inside(start: Tensor, size: int, side: int, ring: int) -> Tensor:
