@@ -13,9 +13,7 @@ from eloftr_kernels.dispatch import works_in_pieces
 BAND_BYTES = 24 << 20  # of the widest map within a band: below what the allocator keeps, few cuts
 
 
-def by_bands(
-    function: Callable[..., Tensor], *maps: Tensor, height: int, channels: int, halo: int
-) -> Tensor:
+def by_bands(function: Callable[..., Tensor], *maps: Tensor, height: int, channels: int, halo: int) -> Tensor:
     """``function(*maps)``, in bands of rows where :func:`eloftr_kernels.dispatch.works_in_pieces`; else at once.
 
     A band is given with ``halo`` more rows on either side, which are dropped from its result: what a convolution pads

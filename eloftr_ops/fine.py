@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from eloftr_kernels import WindowMatches
 from eloftr_kernels.window_match import WINDOW
-from eloftr_ops.bands import by_bands
 from eloftr_ops.backbone import fold_batch_norm
+from eloftr_ops.bands import by_bands
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode
 from eloftr_ops.types import CoarseMatches, CoarseScores
 
-_HALO = 4  # rows that a cut spoils: one of the upsampling, one of each 3x3 convolution; even, for the coarser map
+_HALO = (
+    4  # rows that a cut spoils: one of the upsampling, one of each 3x3 convolution; even, for the coarser map
+)
 CELL = WINDOW  # pixels per side of a coarse cell
 
 
@@ -44,9 +46,7 @@ class FeaturePyramid(nn.Module):
         x = by_bands(
             self._at_quarter, coarse, quarter, height=quarter.shape[2], channels=coarse.shape[1], halo=_HALO
         )
-        return by_bands(
-            self._at_half, x, half, height=half.shape[2], channels=quarter.shape[1], halo=_HALO
-        )
+        return by_bands(self._at_half, x, half, height=half.shape[2], channels=quarter.shape[1], halo=_HALO)
 
     def _at_quarter(self, coarse: Tensor, quarter: Tensor) -> Tensor:
         x = _upsample(self.coarse_projection(coarse * self.scale)).add_(self.quarter_projection(quarter))

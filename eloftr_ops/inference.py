@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eloftr_ops.allocator import keep_small_blocks
 from eloftr_ops.config import GradientMode
 from eloftr_ops.matcher import EfficientLoFTR, PairMaps
 from eloftr_ops.types import Features
 
-# glibc serves blocks up to the largest that was ever freed, 32 MiB at most, from memory that it keeps, and keeps twice
-# as much of it when all is free. Larger ones, and what is more, are given back, and come again page by page.
-_KEPT_BLOCK = (32 << 20) - (64 << 10)
 _REMEDY = "Use the matcher that it was made from."
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -62,7 +60,7 @@ class InferenceMatcher(EfficientLoFTR):
         if dtype is torch.bfloat16:
             self.transformer.float()
         if next(self.parameters()).device.type == "cpu":
-            torch.empty(_KEPT_BLOCK, dtype=torch.uint8)  # never written to: no memory, only the allocator's measure
+            keep_small_blocks()
         if compiled:
             backend = "inductor" if compiled is True else compiled
             for owner, name in ((self.backbone, "forward"), (self, "match_maps"), (self, "fine_maps")):

@@ -325,7 +325,7 @@ class EfficientLoFTR(LoFTR):
 
 def _sample(side: Side, index: int) -> Side:
     """One sample of a batch, as a batch of one."""
-    return type(side)(*(None if x is None else x[index : index + 1] for x in side))
+    return side._replace(**{n: x[index : index + 1] for n, x in side._asdict().items() if x is not None})
 
 
 def _joined(pairs: list[Matches]) -> Matches:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
+from eloftr_ops.allocator import keep_all_memory
 from eloftr_ops.cli.common import Threads, UsageError, reported_mistakes
 
 if TYPE_CHECKING:  # heavy, and of no use to the other commands
@@ -52,6 +53,8 @@ def train(
             raise UsageError(_EXTRA.format(missing=error.name)) from error
         if threads is not None:
             torch.set_num_threads(threads)
+        if not torch.cuda.is_available():
+            keep_all_memory()
         options: dict[str, dict[str, Any]] = {
             "data": {"textures": data},
             "run": {"folder": output, "steps": steps, "device": device, "precision": precision},

@@ -72,10 +72,13 @@ def test_kornias_fundamental_fails_where_ours_holds() -> None:
     kornia = hard.FUNDAMENTAL_ESTIMATORS["kornia find_fundamental"]
     repeated = hard.observe(FUNDAMENTALS["one point, repeated"], kornia, False)
     assert math.isnan(repeated.gradient)
-    # kornia divides by the last entry, which is zero for a camera that moves sideways.
+    # kornia divides by the last entry, which is zero for a camera that moves sideways: what is left is rounding, the
+    # processor's own.
     sideways = FUNDAMENTALS["translation along x"]
+    ours = hard.observe(sideways, hard.FUNDAMENTAL_ESTIMATORS["ours"], False)
     returned = hard.FUNDAMENTAL_ESTIMATORS["the same, as returned"]
-    assert not hard.observe(sideways, returned, False, as_returned=True).gradient < 1e6
+    theirs = hard.observe(sideways, returned, False, as_returned=True)
+    assert not theirs.gradient < 1e3 * ours.gradient
 
 
 @pytest.mark.parametrize(

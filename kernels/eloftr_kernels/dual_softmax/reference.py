@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from eloftr_kernels.arithmetic import Scratch, accumulation_dtype, first_max, two_way_logsumexp
 
 BLOCK_ELEMENTS = 1 << 22  # scores held at once: 16 MB in float32
 MASKED = -1e9  # score of a masked pair; finite, so that a fully masked row has no NaN in value or gradient
-
-T = TypeVar("T")
 
 
 def dual_softmax_lse(
@@ -32,31 +30,93 @@ def dual_softmax_lse(
     .. math:: r_i = \log\sum_j e^{s_{ij}}, \qquad c_j = \log\sum_i e^{s_{ij}}.
 
     Accumulated in float32 (float64 for float64 input), also under autocast. The backward recomputes each
-    block, so memory is O(B (L + S) C) in both directions.
+    block (:class:`_NormalisersFunction`), so memory is O(B (L + S) C) in both directions.
 
     Returns:
         ``row_lse`` (B, L) and ``col_lse`` (B, S). Masked rows and columns hold about -1e9.
     """
-
-    def block_lse(rows: Tensor, columns: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        scores = _scores(rows, columns, temperature, mask, mask1)
-        return two_way_logsumexp(scores)
-
     features0, features1 = accumulation_dtype(features0), accumulation_dtype(features1)
-    blocks = [(rows, None if mask0 is None else mask0[:, rows]) for rows in _row_blocks(features0, features1)]
-    with torch.autocast(features0.device.type, enabled=False):
-        if torch.is_grad_enabled() and (features0.requires_grad or features1.requires_grad):
-            parts = [_recomputed(block_lse, features0[:, rows], features1, mask) for rows, mask in blocks]
-            row_parts, col_parts = zip(*parts, strict=True)
-            return torch.cat(row_parts, 1), torch.logsumexp(torch.stack(col_parts), 0)
+    return _normalisers(features0, features1, temperature, mask0, mask1)
+
+
+class _NormalisersFunction(torch.autograd.Function):
+    r"""Both passes in blocks of rows.
+
+    With the slopes :math:`g` of the loss,
+
+    .. math::
+        g_{s_{ij}} = g_{r_i} e^{s_{ij} - r_i} + g_{c_j} e^{s_{ij} - c_j}, \qquad
+        g_{f^0_i} = \tfrac{1}{\tau} \sum_j g_{s_{ij}} f^1_j, \qquad
+        g_{f^1_j} = \tfrac{1}{\tau} \sum_i g_{s_{ij}} f^0_i,
+
+    zero at masked pairs. Under ``create_graph`` the backward is recorded, so that second derivatives exist.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features0: Tensor,
+        features1: Tensor,
+        temperature: float,
+        mask0: Tensor | None,
+        mask1: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         row_lse = features0.new_empty(features0.shape[:2])
         col_lse = features1.new_full(features1.shape[:2], -torch.inf)
         held, scratch = _block_memory(features0, features1), _block_memory(features0, features1)
-        for rows, mask in blocks:
-            scores = _scores(features0[:, rows], features1, temperature, mask, mask1, held)
-            row_lse[:, rows], block_col = two_way_logsumexp(scores, scratch.view(*scores.shape))
-            torch.logaddexp(col_lse, block_col, out=col_lse)
+        with torch.autocast(features0.device.type, enabled=False):
+            for rows in _row_blocks(features0, features1):
+                mask = _masked(mask0, rows, mask1)
+                scores = _scores(features0[:, rows], features1, temperature, mask, held)
+                row_lse[:, rows], block_col = two_way_logsumexp(scores, scratch.view(*scores.shape))
+                col_lse = torch.logaddexp(col_lse, block_col)
+        ctx.temperature = temperature
+        ctx.save_for_backward(features0, features1, mask0, mask1, row_lse, col_lse)
         return row_lse, col_lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_row: Tensor, grad_col: Tensor) -> tuple[Tensor | None, ...]:
+        features0, features1, mask0, mask1, row_lse, col_lse = ctx.saved_tensors
+        recorded = torch.is_grad_enabled()
+        held, scratch = [None if recorded else _block_memory(features0, features1) for _ in range(2)]
+        grad0, grad1 = [], torch.zeros_like(features1)
+        with torch.autocast(features0.device.type, enabled=False):
+            for rows in _row_blocks(features0, features1):
+                mask = _masked(mask0, rows, mask1)
+                scores = _scores(features0[:, rows], features1, ctx.temperature, mask, held)
+                slopes = _slopes(
+                    scores,
+                    row_lse[:, rows, None],
+                    col_lse[:, None],
+                    grad_row[:, rows, None],
+                    grad_col[:, None],
+                    scratch,
+                )
+                if mask is not None:
+                    slopes = slopes.masked_fill(mask, 0)
+                grad0.append(slopes @ features1)
+                grad1 = grad1 + slopes.mT @ features0[:, rows]
+        return torch.cat(grad0, 1) / ctx.temperature, grad1 / ctx.temperature, None, None, None
+
+
+_normalisers: Callable[..., tuple[Tensor, Tensor]] = _NormalisersFunction.apply
+
+
+def _slopes(
+    scores: Tensor,  # (B, R, S), overwritten where there is scratch
+    row_lse: Tensor,  # (B, R, 1)
+    col_lse: Tensor,  # (B, 1, S)
+    grad_row: Tensor,  # (B, R, 1)
+    grad_col: Tensor,  # (B, 1, S)
+    scratch: Scratch | None,
+) -> Tensor:
+    """Derivative of the loss by the scores; without scratch a graph of it can be recorded."""
+    if scratch is None:
+        return grad_row * (scores - row_lse).exp() + grad_col * (scores - col_lse).exp()
+    # Far below rounding, and far above where a product with the gradients or features would be denormal.
+    least = math.log(torch.finfo(scores.dtype).tiny) / 2
+    out = torch.sub(scores, row_lse, out=scratch.view(*scores.shape)).clamp_(min=least).exp_().mul_(grad_row)
+    return out.addcmul_(scores.sub_(col_lse).clamp_(min=least).exp_(), grad_col)
 
 
 @torch.no_grad()
@@ -88,8 +148,8 @@ def mutual_best(
     held = _block_memory(features0, features1)
     with torch.autocast(features0.device.type, enabled=False):
         for rows in _row_blocks(features0, features1):
-            mask = None if mask0 is None else mask0[:, rows]
-            scores = _scores(features0[:, rows], features1, temperature, mask, mask1, held)
+            mask = _masked(mask0, rows, mask1)
+            scores = _scores(features0[:, rows], features1, temperature, mask, held)
             if row_lse is not None and col_lse is not None:
                 # Half of 2 s - r - c, doubled at the end: a pass less over the scores. They are those that the
                 # normalisers were computed from, bit for bit, so that rounding cancels in large ones.
@@ -127,20 +187,20 @@ def pair_scores(
 
 
 def _scores(
-    rows: Tensor,
-    columns: Tensor,
-    temperature: float,
-    mask0: Tensor | None,
-    mask1: Tensor | None,
-    memory: Scratch | None = None,
+    rows: Tensor, columns: Tensor, temperature: float, masked: Tensor | None, memory: Scratch | None = None
 ) -> Tensor:
     """(B, R, S) scores of (B, R, C) with (B, S, C), in ``memory`` where no gradient is kept."""
     out = None if memory is None else memory.view(*rows.shape[:2], columns.shape[1])
     scores = torch.matmul(rows / temperature, columns.mT, out=out)
-    for mask in (None if mask0 is None else mask0[:, :, None], None if mask1 is None else mask1[:, None]):
-        if mask is not None:
-            scores = scores.masked_fill_(~mask, MASKED)
-    return scores
+    return scores if masked is None else scores.masked_fill_(masked, MASKED)
+
+
+def _masked(mask0: Tensor | None, rows: slice, mask1: Tensor | None) -> Tensor | None:
+    """What broadcasts to (B, R, S): True where either cell is invalid; None where there is no mask."""
+    if mask0 is None:
+        return None if mask1 is None else ~mask1[:, None]
+    invalid0 = ~mask0[:, rows, None]
+    return invalid0 if mask1 is None else invalid0 | ~mask1[:, None]
 
 
 def _row_blocks(features0: Tensor, features1: Tensor) -> Iterator[slice]:
@@ -158,8 +218,3 @@ def _block_memory(features0: Tensor, features1: Tensor) -> Scratch:
     """For one block of scores."""
     rows = min(_block_rows(features1), features0.shape[1])
     return Scratch(features1.shape[0] * rows * features1.shape[1], features0)
-
-
-def _recomputed(function: Callable[..., T], *args: Tensor | None) -> T:
-    """Call ``function`` keeping only its inputs for the backward."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]

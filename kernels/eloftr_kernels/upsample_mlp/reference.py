@@ -13,7 +13,9 @@ from eloftr_kernels import dispatch
 from eloftr_kernels.aggregated_attention.reference import AGGREGATION, token_mask
 
 LEAKY_SLOPE = 0.01
-PIECE_ELEMENTS = 1 << 19  # of the hidden layer held at once on a CPU: 1 MB in float32, half of a core's L2 cache
+PIECE_ELEMENTS = (
+    1 << 19
+)  # of the hidden layer held at once on a CPU: 1 MB in float32, half of a core's L2 cache
 
 
 def upsample_mlp(
@@ -60,11 +62,11 @@ def upsample_mlp(
         hidden = _along_rows(down[rows, tokens_near], hidden_message[:, tokens_near])
         if share is not None:
             hidden = hidden / share[:, rows]
+        shape = hidden.shape[:3]
         hidden = torch.addmm(hidden.flatten(0, 2), tokens[:, rows].flatten(0, 2), expand_x.mT)
         # In place where no backward asks for what is overwritten: fresh memory costs a CPU more than the arithmetic.
         contracted = F.linear(F.leaky_relu(hidden, LEAKY_SLOPE, inplace=True), contract_weight)
-        contracted = contracted.unflatten(0, (batch, -1, width))
-        return F.layer_norm(contracted, (channels,), norm_weight, norm_bias)
+        return F.layer_norm(contracted.reshape(*shape, channels), (channels,), norm_weight, norm_bias)
 
     if dispatch.works_in_pieces(x):
         y = x.new_empty((batch, height, width, channels))
@@ -86,7 +88,7 @@ def _interpolation(size: int, size_up: int, like: Tensor) -> Tensor:
 
 def _along_rows(weights: Tensor, x: Tensor) -> Tensor:
     """(R, h) on (B, h, W, C) -> (B, R, W, C)."""
-    return (weights @ x.flatten(2)).unflatten(2, x.shape[2:])
+    return (weights @ x.flatten(2)).reshape(len(x), len(weights), *x.shape[2:])
 
 
 def _row_pieces(height: int, elements_per_row: int) -> Iterator[tuple[slice, slice]]:
