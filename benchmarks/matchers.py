@@ -220,7 +220,7 @@ def _graph_dense_part(model: Any) -> None:
 
     wrap(model.backbone, "forward", lambda image: [image])
     wrap(model, "match_maps", lambda f0, f1, **_: [f0.coarse, f1.coarse])
-    wrap(model, "fine_maps", lambda f0, f1, m: [m.coarse0, m.coarse1, *f0[:2], *f1[:2]])
+    wrap(model, "fine_maps", lambda f0, f1, m, _: [m.coarse0, m.coarse1, *f0[:2], *f1[:2]])
 
 
 def _transformers(spec: MatcherSpec, context: Context) -> Matcher:

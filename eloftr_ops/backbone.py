@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eloftr_ops.bands import by_bands
 from eloftr_ops.config import EfficientLoFTRConfig
+from eloftr_ops.pieces import by_pieces, plan
 
 STAGE_STRIDES = (2, 1, 2, 2)
 
@@ -111,9 +111,9 @@ class RepVGG(nn.Module):
         Every stride-2 convolution is centred on the even positions: cell (column, row) of the map at 1/s sits on
         pixel (s column, s row).
         """
-        half = by_bands(
-            self._to_half, image, height=image.shape[2] // 2, channels=self.half_channels, halo=self.half_halo
-        )
+        size = (image.shape[2] // 2, image.shape[3] // 2)
+        pieces = plan(image, size, self.half_channels, self.half_halo)
+        half = by_pieces(self._to_half, image, pieces=pieces, size=size, halo=self.half_halo)
         quarter = self.stages[2](half)
         return half, quarter, self.stages[3](quarter)
 

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from eloftr_kernels import WindowMatches
 from eloftr_kernels.window_match import WINDOW
 from eloftr_ops.backbone import fold_batch_norm
-from eloftr_ops.bands import by_bands
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode
+from eloftr_ops.pieces import by_pieces, plan, read_by
 from eloftr_ops.types import CoarseMatches, CoarseScores
 
-_HALO = (
-    4  # rows that a cut spoils: one of the upsampling, one of each 3x3 convolution; even, for the coarser map
-)
+_HALO = 4  # positions that a cut spoils: one of the upsampling, one of each 3x3 convolution; even, for the coarser map
 CELL = WINDOW  # pixels per side of a coarse cell
 
 
@@ -41,12 +39,20 @@ class FeaturePyramid(nn.Module):
         self.half_projection = nn.Conv2d(half, quarter, 1, bias=False)
         self.half_fusion = _fusion(quarter, half)
 
-    def forward(self, coarse: Tensor, quarter: Tensor, half: Tensor) -> Tensor:
-        """(B, C, h, w), (B, C2, 2h, 2w), (B, C1, 4h, 4w) -> (B, C1, 4h, 4w)."""
-        x = by_bands(
-            self._at_quarter, coarse, quarter, height=quarter.shape[2], channels=coarse.shape[1], halo=_HALO
-        )
-        return by_bands(self._at_half, x, half, height=half.shape[2], channels=quarter.shape[1], halo=_HALO)
+    def forward(self, coarse: Tensor, quarter: Tensor, half: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """(B, C, h, w), (B, C2, 2h, 2w), (B, C1, 4h, 4w) -> (B, C1, 4h, 4w).
+
+        With ``wanted``, (B, h, w) bool, only the windows of those cells are sure to be there.
+        """
+        at_half, at_quarter = _size(half), _size(quarter)
+        if wanted is not None:
+            wanted = _with_neighbours(wanted)  # windows reach a position beyond their cell
+        pieces = plan(half, at_half, quarter.shape[1], _HALO, wanted)
+        if wanted is not None:
+            wanted = read_by(pieces, _HALO, at_half, wanted)
+        first = plan(quarter, at_quarter, coarse.shape[1], _HALO, wanted)
+        x = by_pieces(self._at_quarter, coarse, quarter, pieces=first, size=at_quarter, halo=_HALO)
+        return by_pieces(self._at_half, x, half, pieces=pieces, size=at_half, halo=_HALO)
 
     def _at_quarter(self, coarse: Tensor, quarter: Tensor) -> Tensor:
         x = _upsample(self.coarse_projection(coarse * self.scale)).add_(self.quarter_projection(quarter))
@@ -149,6 +155,15 @@ def _fusion(channels: int, channels_out: int) -> nn.Sequential:
         nn.LeakyReLU(inplace=True),
         nn.Conv2d(channels, channels_out, 3, padding=1, bias=False),
     )
+
+
+def _with_neighbours(cells: Tensor) -> Tensor:
+    """(B, h, w) bool, and the eight cells around each that is set."""
+    return F.max_pool2d(cells.float(), 3, stride=1, padding=1) > 0
+
+
+def _size(x: Tensor) -> tuple[int, int]:
+    return x.shape[-2], x.shape[-1]
 
 
 def _upsample(x: Tensor) -> Tensor:

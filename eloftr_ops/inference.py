@@ -89,10 +89,18 @@ class InferenceMatcher(EfficientLoFTR):
         own = (features._replace(coarse=features.coarse.to(dtype)) for features in (features0, features1))
         return super().match_maps(*own, with_best=with_best)
 
-    def fine_maps(self, features0: Features, features1: Features, maps: PairMaps) -> tuple[Tensor, Tensor]:
+    def fine_maps(
+        self,
+        features0: Features,
+        features1: Features,
+        maps: PairMaps,
+        wanted: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    ) -> tuple[Tensor, Tensor]:
         """As :meth:`EfficientLoFTR.fine_maps`, in the pyramid's dtype."""
         coarse0, coarse1 = maps.coarse0.to(features0.half.dtype), maps.coarse1.to(features1.half.dtype)
-        return super().fine_maps(features0, features1, maps._replace(coarse0=coarse0, coarse1=coarse1))
+        return super().fine_maps(
+            features0, features1, maps._replace(coarse0=coarse0, coarse1=coarse1), wanted
+        )
 
     def train(self, mode: bool = True) -> InferenceMatcher:
         """Evaluation mode only.

@@ -21,7 +21,7 @@ from eloftr_ops.coarse import best_cells, score_cells, select_matches
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode, ScoreKind
 from eloftr_ops.fine import FeaturePyramid, positions
 from eloftr_ops.transformer import CoarseTransformer
-from eloftr_ops.types import BestCells, CoarseScores, Features, Matches
+from eloftr_ops.types import BestCells, CoarseMatches, CoarseScores, Features, Matches
 
 if TYPE_CHECKING:
     from eloftr_ops.inference import InferenceMatcher
@@ -157,7 +157,7 @@ class EfficientLoFTR(LoFTR):
             raise ValueError("maps: expected match_maps(..., with_best=True), got maps without best cells.")
         grid0, grid1 = maps.grids
         coarse = select_matches(maps.scores, maps.best, grid0, grid1, maps.mask0, maps.mask1, self.config)
-        fine0, fine1 = self.fine_maps(features0, features1, maps)
+        fine0, fine1 = self.fine_maps(features0, features1, maps, _matched_cells(coarse, maps))
         fine = window_match(
             fine0,
             fine1,
@@ -175,11 +175,18 @@ class EfficientLoFTR(LoFTR):
         matches = Matches(keypoints0, keypoints1, coarse.confidence, coarse.batch)
         return _on_image(matches, features0, features1)
 
-    def fine_maps(self, features0: Features, features1: Features, maps: PairMaps) -> tuple[Tensor, Tensor]:
+    def fine_maps(
+        self,
+        features0: Features,
+        features1: Features,
+        maps: PairMaps,
+        wanted: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    ) -> tuple[Tensor, Tensor]:
         """Fused fine features at half resolution, (B, D, 4h, 4w) per image.
 
         In training both images go through together where their sizes agree, so that BatchNorm sees both; otherwise
-        one after the other, which halves the peak of the largest maps.
+        one after the other, which halves the peak of the largest maps. With ``wanted``, (B, h, w) bool per image, a
+        CPU leaves out what lies far from these cells.
         """
         if self.training and maps.coarse0.shape == maps.coarse1.shape:
             coarse = torch.cat([maps.coarse0, maps.coarse1])
@@ -188,8 +195,8 @@ class EfficientLoFTR(LoFTR):
             fine0, fine1 = self.pyramid(coarse, quarter, half).chunk(2)
             return fine0, fine1
         return (
-            self.pyramid(maps.coarse0, features0.quarter, features0.half),
-            self.pyramid(maps.coarse1, features1.quarter, features1.half),
+            self.pyramid(maps.coarse0, features0.quarter, features0.half, wanted[0]),
+            self.pyramid(maps.coarse1, features1.quarter, features1.half, wanted[1]),
         )
 
     def fuse(self) -> EfficientLoFTR:
@@ -321,6 +328,17 @@ class EfficientLoFTR(LoFTR):
             image, mask = F.pad(image * mask[:, None], pad), F.pad(mask, pad)
         half, quarter, coarse = self.backbone(image)
         return Features(half, quarter, coarse, mask)
+
+
+def _matched_cells(matches: CoarseMatches, maps: PairMaps) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """(B, h, w) bool for each image, or nothing where the fine maps are computed as a whole."""
+    if not works_in_pieces(maps.coarse0):
+        return None, None
+    batch, grids = len(maps.coarse0), maps.grids
+    matched = [torch.zeros(batch, *grid, dtype=torch.bool) for grid in grids]
+    for cells, index in zip(matched, (matches.cells0, matches.cells1), strict=True):
+        cells.flatten(1)[matches.batch, index] = True
+    return matched[0], matched[1]
 
 
 def _sample(side: Side, index: int) -> Side:

@@ -59,14 +59,15 @@ def upsample_mlp(
     hidden_message = across @ hidden_message
 
     def update(rows: slice, tokens_near: slice) -> Tensor:
-        hidden = _along_rows(down[rows, tokens_near], hidden_message[:, tokens_near])
-        if share is not None:
-            hidden = hidden / share[:, rows]
-        shape = hidden.shape[:3]
-        hidden = torch.addmm(hidden.flatten(0, 2), tokens[:, rows].flatten(0, 2), expand_x.mT)
+        hidden = F.linear(tokens[:, rows], expand_x)
+        if share is None:
+            weights = down[rows, tokens_near].expand(batch, -1, -1)
+            hidden.flatten(2).baddbmm_(weights, hidden_message[:, tokens_near].flatten(2))
+        else:
+            hidden += _along_rows(down[rows, tokens_near], hidden_message[:, tokens_near]) / share[:, rows]
         # In place where no backward asks for what is overwritten: fresh memory costs a CPU more than the arithmetic.
         contracted = F.linear(F.leaky_relu(hidden, LEAKY_SLOPE, inplace=True), contract_weight)
-        return F.layer_norm(contracted.reshape(*shape, channels), (channels,), norm_weight, norm_bias)
+        return F.layer_norm(contracted, (channels,), norm_weight, norm_bias)
 
     if dispatch.works_in_pieces(x):
         y = x.new_empty((batch, height, width, channels))
