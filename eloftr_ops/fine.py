@@ -46,7 +46,7 @@ class FeaturePyramid(nn.Module):
         """
         at_half, at_quarter = _size(half), _size(quarter)
         if wanted is not None:
-            wanted = _with_neighbours(wanted)  # windows reach a position beyond their cell
+            wanted = _with_neighbours(wanted.any(0))  # windows reach a position beyond their cell
         pieces = plan(half, at_half, quarter.shape[1], _HALO, wanted)
         if wanted is not None:
             wanted = read_by(pieces, _HALO, at_half, wanted)
@@ -158,8 +158,8 @@ def _fusion(channels: int, channels_out: int) -> nn.Sequential:
 
 
 def _with_neighbours(cells: Tensor) -> Tensor:
-    """(B, h, w) bool, and the eight cells around each that is set."""
-    return F.max_pool2d(cells.float(), 3, stride=1, padding=1) > 0
+    """(h, w) bool, and the eight cells around each that is set."""
+    return F.max_pool2d(cells[None].float(), 3, stride=1, padding=1)[0] > 0
 
 
 def _size(x: Tensor) -> tuple[int, int]:

@@ -49,7 +49,7 @@ def plan(
         size: (H, W) of the result.
         channels: of the widest map at the size of the result.
         halo: positions of the result that a cut spoils on either side of it.
-        wanted: (B, h, w) bool, cells of which something will be read; H and W are multiples of h and w.
+        wanted: (h, w) bool, cells of which something will be read; H and W are multiples of h and w.
     """
     height, width = size
     if not works_in_pieces(like):
@@ -100,23 +100,21 @@ def by_pieces(
 def read_by(pieces: Sequence[Piece], halo: int, size: tuple[int, int], wanted: Tensor) -> Tensor:
     """The cells, as ``wanted``, that the ``pieces`` of a map of ``size`` are computed from."""
     cells = torch.zeros_like(wanted)
-    step = size[0] // wanted.shape[1]
+    step = size[0] // len(wanted)
     for piece in pieces:
         top, bottom, left, right = piece.grown(halo, size)
-        cells[:, top // step : -(-bottom // step), left // step : -(-right // step)] = True
+        cells[top // step : -(-bottom // step), left // step : -(-right // step)] = True
     return cells
 
 
 def _tiles(wanted: Tensor, size: tuple[int, int], side: int) -> Iterator[Piece]:
     """Rows of tiles, cut where no tile is wanted for a while; the first tile if none is, to have a result."""
-    cells = side * wanted.shape[1] // size[0]
-    step = cells * size[0] // wanted.shape[1]
-    tiles = F.max_pool2d(wanted.any(0, keepdim=True).float(), cells, ceil_mode=True)[0] > 0
+    tiles = F.max_pool2d(wanted[None].float(), side * len(wanted) // size[0], ceil_mode=True)[0] > 0
     tiles[0, 0] |= not tiles.any()
     for row, line in enumerate(tiles):
         for first, last in _runs(line.nonzero()[:, 0].tolist(), gap=1 + _CALL // side**2):
-            bottom, right = min(step * (row + 1), size[0]), min(step * (last + 1), size[1])
-            yield Piece(step * row, bottom, step * first, right)
+            bottom, right = min(side * (row + 1), size[0]), min(side * (last + 1), size[1])
+            yield Piece(side * row, bottom, side * first, right)
 
 
 def _runs(numbers: Sequence[int], gap: int) -> list[tuple[int, int]]:

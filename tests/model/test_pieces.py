@@ -70,8 +70,8 @@ def test_a_cut_spoils_as_many_positions_as_stated(monkeypatch: pytest.MonkeyPatc
 
 def test_far_from_what_is_wanted_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "_CALL", 0)
-    wanted = torch.zeros(1, 32, 64, dtype=torch.bool)
-    wanted[0, 1, 2] = wanted[0, 1, 40] = wanted[0, 31, 63] = True
+    wanted = torch.zeros(32, 64, dtype=torch.bool)
+    wanted[1, 2] = wanted[1, 40] = wanted[31, 63] = True
     like = torch.zeros(1, 1, 128, 256)
     with torch.no_grad():
         assert pieces.plan(like, (128, 256), 8, 4, wanted) == [

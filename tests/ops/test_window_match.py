@@ -15,8 +15,8 @@ from support.ops import assert_as_accurate, checked_gradcheck, poisoned_buffers,
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FIELDS = ("subpixel1", "expected0", "expected1")  # those that carry gradients
-# The reference rounds windows after each of two interpolation passes, the kernels once; but the kernels round
-# gradients of scores and windows to the maps' type before a product, the reference keeps scores in float32.
+# The kernels round gradients of scores and windows to the maps' type before a product, the reference keeps scores in
+# float32.
 RATIO = {torch.float32: 3.0, torch.float16: 3.0, torch.bfloat16: 3.0}
 DTYPES = list(RATIO)
 
