@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.cases import MATCHERS, MatcherSpec
-from benchmarks.measure import DTYPES, Disagreement, Run, Unavailable, synchronise
+from benchmarks.measure import DTYPES, Disagreement, Run, Unavailable, count_operations, synchronise
 from benchmarks.operators import graphed
 
 GATE_SIZE = (256, 320)  # multiples of 32: transformers takes no others
@@ -178,6 +180,37 @@ def timed_stages(model: Any, device: torch.device) -> Iterator[dict[str, float]]
     finally:
         for owner, attribute, own in replaced:
             delattr(owner, attribute) if own is None else setattr(owner, attribute, own)
+
+
+@functools.cache
+def stage_operations(preset: str, size: tuple[int, int]) -> dict[str, float]:
+    """Operations by stage of one pair of (height, width), counted on tensors without data, all of every map.
+
+    The windows, whose number the images decide, are left out: some thousandths of the whole.
+    """
+    from eloftr_kernels.dual_softmax import reference
+    from eloftr_ops.types import Features
+
+    model = plain_model(preset).optimize_for_inference()
+    padded = [-(-side // 32) * 32 for side in size]
+    operations: dict[str, float] = {}
+
+    def counted(stage: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        results: list[Any] = []
+        operations[stage] = count_operations(lambda: results.append(function(*arguments)))
+        return results[0]
+
+    # As if compiled: everything in one piece, and no branch on values, of which there are none.
+    as_compiled = patch.object(torch.compiler, "is_compiling", lambda: True)
+    one_block = patch.object(reference, "BLOCK_ELEMENTS", 1 << 62)
+    with as_compiled, one_block, FakeTensorMode(allow_non_fake_inputs=True):
+        features = Features(*counted("backbone", model.backbone, torch.empty(1, 1, *padded)), mask=None)
+        operations["backbone"] *= 2  # images
+        counted("transformer", model.transformer, features.coarse, features.coarse)
+        maps = counted("coarse matching", model.match_maps, features, features)
+        operations["coarse matching"] -= operations["transformer"]  # which is inside it
+        counted("pyramid", model.fine_maps, features, features, maps)
+    return operations
 
 
 def _ours(spec: MatcherSpec, context: Context) -> Matcher:

@@ -23,7 +23,8 @@ How to read it: every contender was first held to a reference, as stated, and wo
 medians, with the first and third quartile, of rounds in which all contenders took turns; the timed region waits for the
 device. *Speed* is the baseline's time over the row's: below 1 the row loses. *Of the limit* is the least time that the
 machine allows, from the counted operations and bytes and from rates measured in the same run, over the row's time;
-small tensors can stay in caches and exceed it. Peak memory on a GPU is what a run allocates beyond what it was given;
+small tensors can stay in caches and exceed it. Our matchers' operations are those of all maps, also where a CPU leaves
+out parts of the finest one that no match reads. Peak memory on a GPU is what a run allocates beyond what it was given;
 on a CPU it is that of a process of its own, for an op beyond its inputs, for a matcher beyond torch.
 """
 _TITLES = {"kernels": "Kernels", "matcher": "Whole matcher", "cpu": "On the CPU"}
@@ -116,12 +117,20 @@ def case_table(case: dict[str, Any]) -> list[str]:
 
 
 def slope_table(cases: list[dict[str, Any]]) -> list[str]:
-    """How each stage grows with the pixels: the exponent fitted over the sizes of the curve; 1 is linear."""
-    series = _series([case for case in cases if case["group"] == "curve"], "median_s")
-    rows = [f"| {name} | {slope(points):.2f} |" for name, points in series.items() if len(points) > 1]
+    """How each stage grows with the pixels: exponents fitted over the sizes of the curve; 1 is linear."""
+    curve = [case for case in cases if case["group"] == "curve"]
+    times, operations = _series(curve, "median_s"), _series(curve, "operations")
+    rows = [
+        f"| {name} | {slope(points):.2f} | {f'{slope(operations[name]):.2f}' if name in operations else ''} |"
+        for name, points in times.items()
+        if len(points) > 1
+    ]
     if not rows:
         return []
-    return ["**Growth with the number of pixels**", "", "| stage | exponent |", "| --- | --- |", *rows, ""]
+    (smallest, _), *_, (largest, _) = next(iter(times.values()))
+    sizes = f"{math.isqrt(int(smallest))} to {math.isqrt(int(largest))}"
+    title = f"**Growth with the number of pixels, from {sizes} pixels a side: exponents**"
+    return [title, "", "| stage | of the time | of the arithmetic |", "| --- | --- | --- |", *rows, ""]
 
 
 def slope(points: list[tuple[float, float]]) -> float:

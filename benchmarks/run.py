@@ -22,9 +22,9 @@ import torch
 from benchmarks import engine, record, workloads
 from benchmarks.cases import MATCHERS, KernelCase, PairCase
 from benchmarks.engine import Task
-from benchmarks.matchers import Context
+from benchmarks.matchers import Context, stage_operations
 from benchmarks.measure import DTYPES, Run, machine_limits
-from benchmarks.report import case_table, row_time
+from benchmarks.report import case_table, row_time, slope_table
 
 MINUTES = {"cuda": 9.0, "cpu": 14.5}  # per command
 
@@ -67,9 +67,10 @@ def _run_suite(suite: str, context: Context, deadline: float, options: argparse.
         made["seconds"] = time.monotonic() - start
         print("\n".join(["", *case_table(case)]), flush=True)
         if options.profile:
-            _print_profile(task, runs, context)
+            _print_profile(task, runs, context, made["limits"])
         if options.json:  # after every case: what is measured stays measured if the run is cut off
             path = record.write(made, options.output)
+    print("\n".join(["", *slope_table(made["cases"])]))
     record.check_record(made)
     if options.json and made["cases"]:
         print(f"\nwritten {path}")
@@ -98,19 +99,37 @@ def _keep_floor(case: dict[str, Any], limits: dict[str, float | None]) -> None:
             limits[key] = limits[key] or row["operations"] / row["median_s"]
 
 
-def _print_profile(task: Task, runs: dict[str, Run], context: Context) -> None:
+def _print_profile(
+    task: Task, runs: dict[str, Run], context: Context, limits: dict[str, float | None]
+) -> None:
     """Seconds by stage for our matchers, otherwise the operators that take longest."""
     for name, run in runs.items():
         spec = MATCHERS.get(name)
         if spec is not None and isinstance(task.case, PairCase) and task.group == "pair":
             if spec.owner == "eloftr_ops" and spec.mode == "eager":
-                stages = workloads.stage_seconds(task.case, name, context)
-                print(f"\n{name}, by stage: " + ", ".join(f"{k} {row_time(v)}" for k, v in stages.items()))
+                _print_stages(task.case, name, context, limits)
         elif isinstance(task.case, KernelCase) or task.group == "training":
             with torch.profiler.profile() as profile:
                 run()
             kind = "self_cuda_time_total" if context.device.type == "cuda" else "self_cpu_time_total"
             print(f"\n{task.key}: {name}\n{profile.key_averages().table(sort_by=kind, row_limit=10)}")
+
+
+def _print_stages(case: PairCase, name: str, context: Context, limits: dict[str, float | None]) -> None:
+    """Where the time of a pair goes, and how much of it the arithmetic would take at the machine's own rate."""
+    spec = MATCHERS[name]
+    seconds = workloads.stage_seconds(case, name, context)
+    operations = stage_operations(spec.preset, case.size)
+    print(f"\n{name}, by stage:")
+    for stage, taken in seconds.items():
+        line = f"  {stage:22} {row_time(taken):>8} {taken / sum(seconds.values()):5.0%}"
+        # The transformer and the scores stay in float32, see InferenceMatcher.
+        dtype = "fp32" if stage in ("transformer", "coarse matching") else spec.dtype or context.dtype
+        rate = limits.get(f"convolution_{dtype}_op_per_s")
+        arithmetic = (
+            f", arithmetic alone {row_time(operations[stage] / rate)}" if rate and stage in operations else ""
+        )
+        print(line + arithmetic)
 
 
 def _print_peak(suite: str, peak_of: list[str], context: Context) -> int:

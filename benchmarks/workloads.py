@@ -32,14 +32,17 @@ def contenders(case: PairCase, context: Context) -> list[Contender]:
 
 
 def counted_operations(case: PairCase, name: str, context: Context) -> float | None:
-    """Operations of one pair, by running it once under torch's counter; None where that would take long."""
-    if case.kind != "pair" or math.prod(case.size) > _LARGEST_COUNTED:
-        return None
+    """Operations of one pair: of all maps for our models, of a run of the small sizes for peers."""
     spec = MATCHERS[name]
+    if case.kind not in ("pair", "curve"):
+        return None
+    if spec.owner == "eloftr_ops":
+        return sum(matchers.stage_operations(spec.preset, case.size).values())
+    if math.prod(case.size) > _LARGEST_COUNTED:
+        return None
     key = (spec.owner, spec.preset, case.size)
     if key not in _counted:
-        eager = next(n for n, s in MATCHERS.items() if (s.owner, s.preset, s.mode) == (*key[:2], "eager"))
-        matcher = matchers.load(eager, context._replace(dtype="fp32"))
+        matcher = matchers.load(name, context._replace(dtype="fp32"))
         pair = [x.to(matcher.dtype) for x in matchers.images(case.size, 1, context.device)]
         _counted[key] = count_operations(lambda: matcher.match(*pair))
     return _counted[key]
@@ -154,9 +157,14 @@ def _curve(case: PairCase, context: Context) -> list[Contender]:
 
         return run
 
+    operations = matchers.stage_operations(MATCHERS[name].preset, case.size)
+
     def report(stage: str) -> Contender:
         return Contender(
-            f"{name}: {stage}", lambda gated: lambda: Elapsed(latest.get(stage, 0.0)), has_peak=False
+            f"{name}: {stage}",
+            lambda gated: lambda: Elapsed(latest.get(stage, 0.0)),
+            operations.get(stage),
+            has_peak=False,
         )
 
     return [_contender(name, build)._replace(has_peak=False), *(report(stage) for stage in STAGES)]
@@ -167,10 +175,13 @@ def _training(case: PairCase, context: Context) -> list[Contender]:
 
     def build(name: str, gated: bool) -> Run:
         from eloftr_ops import EfficientLoFTR
+        from eloftr_ops.allocator import keep_all_memory
         from eloftr_ops.data.synthetic import HomographyBatch
         from eloftr_ops.training.batches import batch_of_rendered
         from eloftr_ops.training.objective import batch_losses
 
+        if context.device.type == "cpu" and not context.quick:
+            keep_all_memory()  # as the command line's training does
         model = EfficientLoFTR(matchers.plain_model("small").config).to(context.device).train()
         image0, image1 = matchers.images(case.size, case.batch, context.device)
         valid = torch.ones_like(image0, dtype=torch.bool)

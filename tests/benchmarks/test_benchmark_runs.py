@@ -69,7 +69,19 @@ def test_cpu_quickly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     whole = rows["stages at 128x96, whole: eloftr_ops small fp32"]
     assert all(row["median_s"] > 0 for row in stages)
     assert sum(row["median_s"] for row in stages) <= whole["median_s"]
-    assert "eloftr_ops small fp32, by stage: backbone" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "eloftr_ops small fp32, by stage:\n  backbone" in printed
+    assert ", arithmetic alone " in printed
+
+
+def test_operations_of_the_stages_are_those_of_a_run(tmp_path: Path) -> None:
+    """The run computes a few percent more where pieces overlap, and its windows."""
+    matcher_ = matchers.load("eloftr_ops small fp32", context(tmp_path))
+    pair = matchers.images((256, 320), 1, torch.device("cpu"))
+    executed = measure.count_operations(lambda: matcher_.match(*pair))
+    counted = matchers.stage_operations("small", (256, 320))
+    assert set(counted) == set(workloads.STAGES[:-1])
+    assert 0.95 * executed < sum(counted.values()) < executed
 
 
 def test_widths_are_those_of_the_presets() -> None:
