@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import itertools
 import math
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -212,19 +214,35 @@ def _import(case: PairCase, context: Context) -> list[Contender]:
 
 def _command(case: PairCase, context: Context) -> list[Contender]:
     """The bundled pair by the command line, beside the bare imports that any user of torch and kornia pays."""
+    arguments: dict[str, Callable[[Path], list[str]]] = {
+        "import torch, kornia": lambda folder: ["-c", "import torch, kornia"],
+        "eloftr-ops match": lambda folder: [
+            *command,
+            "match",
+            *pair,
+            "--output",
+            str(folder / "matches.npz"),
+        ],
+        "eloftr-ops demo, which draws a picture": lambda folder: [
+            *command,
+            "demo",
+            "--output-dir",
+            str(folder),
+        ],
+    }
+    command = ["-c", "from eloftr_ops.cli import app; app()"]
+    assets = importlib.resources.files("eloftr_ops") / "assets"
+    pair = [str(assets / name) for name in ("demo_0.jpg", "demo_1.jpg")]
 
     def build(name: str, gated: bool) -> Run:
-        demo = "from eloftr_ops.cli import app; app()"
-
         def run() -> None:
             with tempfile.TemporaryDirectory() as folder:
-                code = [name] if name.startswith("import") else [demo, "demo", "--output-dir", folder]
-                subprocess.run([sys.executable, "-c", *code], check=True, capture_output=True)
+                code = arguments[name](Path(folder))
+                subprocess.run([sys.executable, *code], check=True, capture_output=True)
 
         return run
 
-    names = ("import torch, kornia", "eloftr-ops demo")
-    return [_contender(name, build)._replace(has_peak=False) for name in names]
+    return [_contender(name, build)._replace(has_peak=False) for name in arguments]
 
 
 def _contender(

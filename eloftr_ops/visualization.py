@@ -182,8 +182,10 @@ def _caption(count: int, good: _Array | None, drawn: int) -> str:
 
 
 def _save(figure: Any, path: Path) -> None:
+    suffix = path.suffix[1:].lower()
+    fast = {"compress_level": 1} if suffix == "png" else {}  # a quarter of the time, a tenth more bytes
     with atomic_write(path) as file:
-        figure.savefig(file, format=path.suffix[1:].lower(), bbox_inches="tight", pad_inches=0.05)
+        figure.savefig(file, format=suffix, bbox_inches="tight", pad_inches=0.05, pil_kwargs=fast)
 
 
 def _array(values: Tensor | _Array) -> _Array:
