@@ -183,9 +183,10 @@ def _caption(count: int, good: _Array | None, drawn: int) -> str:
 
 def _save(figure: Any, path: Path) -> None:
     suffix = path.suffix[1:].lower()
-    fast = {"compress_level": 1} if suffix == "png" else {}  # a quarter of the time, a tenth more bytes
+    # A third of the time for a tenth more bytes.
+    encoder = {"pil_kwargs": {"compress_level": 1}} if suffix == "png" else {}
     with atomic_write(path) as file:
-        figure.savefig(file, format=suffix, bbox_inches="tight", pad_inches=0.05, pil_kwargs=fast)
+        figure.savefig(file, format=suffix, bbox_inches="tight", pad_inches=0.05, **encoder)
 
 
 def _array(values: Tensor | _Array) -> _Array:
