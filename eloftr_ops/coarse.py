@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eloftr_kernels import dual_softmax_lse, mutual_best, pair_scores
+from eloftr_kernels import dual_softmax_best, dual_softmax_lse, mutual_best, pair_scores
 from eloftr_ops.config import EfficientLoFTRConfig
 from eloftr_ops.types import BestCells, CoarseMatches, CoarseScores
 
@@ -33,24 +34,28 @@ def score_cells(
         mask1: (B, h1, w1) bool.
         config: score kind and temperature.
     """
-    features0, features1 = (x.flatten(2).mT / math.sqrt(config.coarse_channels) for x in (coarse0, coarse1))
-    masks = [None if m is None else m.flatten(1) for m in (mask0, mask1)]
-    row_lse = col_lse = None
-    if config.score == "dual_softmax":
-        row_lse, col_lse = dual_softmax_lse(features0, features1, config.temperature, *masks)
-    return CoarseScores(features0, features1, row_lse, col_lse)
+    cells = _cells(coarse0, coarse1, mask0, mask1, config)
+    normalisers = dual_softmax_lse(**cells) if config.score == "dual_softmax" else (None, None)
+    return CoarseScores(cells["features0"], cells["features1"], *normalisers)
 
 
-def best_cells(
-    scores: CoarseScores, mask0: Tensor | None, mask1: Tensor | None, config: EfficientLoFTRConfig
-) -> BestCells:
-    """The best partner of every cell, both ways; masks (B, h, w) bool. No gradient."""
-    masks = [None if m is None else m.flatten(1) for m in (mask0, mask1)]
-    return BestCells(
-        *mutual_best(
-            scores.features0, scores.features1, config.temperature, scores.row_lse, scores.col_lse, *masks
-        )
-    )
+def match_cells(
+    coarse0: Tensor,
+    coarse1: Tensor,
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+    config: EfficientLoFTRConfig,
+) -> tuple[CoarseScores, BestCells]:
+    """What :func:`score_cells` gives, and the best partner of every cell that has one above ``config.threshold``.
+
+    Arguments as :func:`score_cells`. The best partners have no gradient.
+    """
+    cells = _cells(coarse0, coarse1, mask0, mask1, config)
+    features = cells["features0"], cells["features1"]
+    if config.score == "similarity":
+        return CoarseScores(*features, None, None), BestCells(*mutual_best(**cells))
+    row_lse, col_lse, *best = dual_softmax_best(threshold=config.threshold, **cells)
+    return CoarseScores(*features, row_lse, col_lse), BestCells(*best)
 
 
 def select_matches(
@@ -68,8 +73,8 @@ def select_matches(
     tensors.
 
     Args:
-        scores: of :func:`score_cells`.
-        best: of :func:`best_cells`.
+        scores: of :func:`match_cells`.
+        best: of :func:`match_cells`.
         grid0: (h0, w0).
         grid1: (h1, w1).
         mask0: (B, h0, w0) bool.
@@ -117,3 +122,22 @@ def interior_cells(grid: tuple[int, int], mask: Tensor | None, border: int, devi
     valid = torch.ones((1, *grid), device=device) if mask is None else mask.float()
     padded = F.pad(valid, [border] * 4)
     return (-F.max_pool2d(-padded[:, None], 2 * border + 1, stride=1)[:, 0] > 0).flatten(1)
+
+
+def _cells(
+    coarse0: Tensor,
+    coarse1: Tensor,
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+    config: EfficientLoFTRConfig,
+) -> dict[str, Any]:
+    """The arguments that all ops on pairs of cells share."""
+    features0, features1 = (x.flatten(2).mT / math.sqrt(config.coarse_channels) for x in (coarse0, coarse1))
+    masks = [None if mask is None else mask.flatten(1) for mask in (mask0, mask1)]
+    return {
+        "features0": features0,
+        "features1": features1,
+        "temperature": config.temperature,
+        "mask0": masks[0],
+        "mask1": masks[1],
+    }

@@ -17,7 +17,7 @@ from eloftr_kernels import window_match
 from eloftr_kernels.dispatch import works_in_pieces
 from eloftr_ops.backbone import RepVGG
 from eloftr_ops.checks import check_features, check_image, check_mask, check_pair, check_same_batch
-from eloftr_ops.coarse import best_cells, score_cells, select_matches
+from eloftr_ops.coarse import match_cells, score_cells, select_matches
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode, ScoreKind
 from eloftr_ops.fine import FeaturePyramid, positions
 from eloftr_ops.transformer import CoarseTransformer
@@ -145,9 +145,10 @@ class EfficientLoFTR(LoFTR):
         """Transformer and streaming coarse scores: everything before a match is selected; compiles as one graph."""
         mask0, mask1 = features0.coarse_mask, features1.coarse_mask
         coarse0, coarse1 = self.transformer(features0.coarse, features1.coarse, mask0, mask1)
-        scores = score_cells(coarse0, coarse1, mask0, mask1, self.config)
-        best = best_cells(scores, mask0, mask1, self.config) if with_best else None
-        return PairMaps(coarse0, coarse1, mask0, mask1, scores, best)
+        maps = coarse0, coarse1, mask0, mask1
+        if not with_best:
+            return PairMaps(*maps, score_cells(*maps, self.config), None)
+        return PairMaps(*maps, *match_cells(*maps, self.config))
 
     def matches_from_maps(
         self, features0: Features, features1: Features, maps: PairMaps, mode: GradientMode

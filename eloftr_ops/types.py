@@ -49,7 +49,7 @@ class CoarseScores(NamedTuple):
 
 
 class BestCells(NamedTuple):
-    """The best partner of every cell; no gradient."""
+    """The best partner of every cell that has one above the threshold, of the others any; no gradient."""
 
     best1: Tensor  # (B, L) int64: cell of image 1 with the highest score for each cell of image 0
     best0: Tensor  # (B, S) int64: cell of image 0 with the highest score for each cell of image 1

@@ -7,7 +7,7 @@ are had by ``from eloftr_kernels.window_match import op``, not by ``import eloft
 
 from eloftr_kernels.aggregated_attention.op import aggregated_attention
 from eloftr_kernels.dispatch import backend
-from eloftr_kernels.dual_softmax.op import dual_softmax_lse, mutual_best, pair_scores
+from eloftr_kernels.dual_softmax.op import dual_softmax_best, dual_softmax_lse, mutual_best, pair_scores
 from eloftr_kernels.upsample_mlp.op import upsample_mlp
 from eloftr_kernels.window_match import WindowMatches, window_match
 
@@ -15,6 +15,7 @@ __all__ = [
     "WindowMatches",
     "aggregated_attention",
     "backend",
+    "dual_softmax_best",
     "dual_softmax_lse",
     "mutual_best",
     "pair_scores",

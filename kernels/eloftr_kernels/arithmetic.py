@@ -50,18 +50,22 @@ def first_max(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return values, winner.squeeze(dim + 1).squeeze(dim) * group + within
 
 
-def two_way_logsumexp(scores: Tensor, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def two_way_logsumexp(
+    scores: Tensor, scratch: Tensor | None = None, top: Tensor | None = None, bound: float = math.inf
+) -> tuple[Tensor, Tensor]:
     r"""Log-sum-exp of a matrix along both of its dimensions.
 
     Without gradient on a CPU both come from one exponential: with the row maxima :math:`m_i` and their maximum
     :math:`m`, the columns' sums are :math:`\sum_i e^{m_i - m} e^{s_{ij} - m_i}`, a product of a vector and a matrix.
     Where that underflows, a column far below the largest score, the columns are summed from their own maxima.
     Exponents that would underflow are raised to the least that do not, and the vector is scaled up so that no product
-    does: CPUs take tens of times longer over numbers that vanish.
+    does: CPUs take tens of times longer over numbers that vanish. Scores that are known to be small need none of this.
 
     Args:
         scores: (B, R, S). Sums of nothing are -inf.
         scratch: memory of the shape and dtype of ``scores`` to work in, for callers that have many matrices.
+        top: (B, R, 1) the rows' maxima, for callers that know them.
+        bound: of the magnitude of all scores, for callers that know one.
 
     Returns:
         Over the columns (B, R), and over the rows (B, S).
@@ -71,8 +75,11 @@ def two_way_logsumexp(scores: Tensor, scratch: Tensor | None = None) -> tuple[Te
     if scores.device.type != "cpu" or differentiable or one_graph or scores.numel() == 0:
         return torch.logsumexp(scores, 2), torch.logsumexp(scores, 1)
     limits = torch.finfo(scores.dtype)
+    if bound < math.log(limits.max) - 2 - math.log(max(scores.shape[1:])):
+        powers = torch.exp(scores, out=scratch)
+        return powers.sum(2).log_(), powers.sum(1).log_()
     least = math.log(limits.tiny) + 7  # e^least is negligible beside 1, and still no denormal number
-    top = scores.amax(2, keepdim=True)
+    top = scores.amax(2, keepdim=True) if top is None else top
     powers = torch.sub(scores, top, out=scratch).clamp_(min=least).exp_()
     over_columns = powers.sum(2).log_().add_(top[..., 0])
     highest = top.amax(1, keepdim=True)

@@ -66,12 +66,10 @@ def test_exact_ties_between_cells_and_between_pixels() -> None:
         f._replace(half=torch.ones_like(f.half), quarter=torch.ones_like(f.quarter))
         for f in (features0, features1)
     ]
-    from eloftr_ops.coarse import best_cells, score_cells
+    from eloftr_ops.coarse import match_cells
 
-    scores = score_cells(*flat, None, None, model.config)
-    tied = maps._replace(
-        coarse0=flat[0], coarse1=flat[1], scores=scores, best=best_cells(scores, None, None, model.config)
-    )
+    scores, best = match_cells(*flat, None, None, model.config)
+    tied = maps._replace(coarse0=flat[0], coarse1=flat[1], scores=scores, best=best)
     for mode in MODES:
         matches = model.matches_from_maps(*features, tied, mode)
         assert len(matches.confidence) == 1  # the first cell of each image

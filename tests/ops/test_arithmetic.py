@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both log-sum-exps of a matrix from one exponential, at any spread of the scores."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,10 +53,27 @@ def test_scratch_is_used_and_the_scores_are_kept() -> None:
         assert torch.equal(a, b)
 
 
-def test_nan_is_not_hidden() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_known_to_be_small_or_not(dtype: torch.dtype) -> None:
+    """Up to the bound at which the plain sums take over, and beyond it, where they would overflow or vanish."""
+    switch = math.log(torch.finfo(dtype).max) - 2 - math.log(12)
+    for bound in (1.0, switch - 1e-3, switch + 1e-3, 4 * switch):
+        scores = torch.rand(2, 9, 12, dtype=dtype) * 2 * bound - bound
+        scores[0] = bound
+        scores[1, 2:] = -bound
+        for got, want in zip(
+            two_way_logsumexp(scores, bound=bound),
+            (torch.logsumexp(scores, 2), torch.logsumexp(scores, 1)),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want, rtol=0, atol=(12 + bound) * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("bound", [math.inf, 5.0, math.nan])
+def test_nan_is_not_hidden(bound: float) -> None:
     scores = torch.zeros(1, 3, 3)
     scores[0, 1, 1] = torch.nan
-    rows, columns = two_way_logsumexp(scores)
+    rows, columns = two_way_logsumexp(scores, bound=bound)
     assert rows[0, 1].isnan()
     assert columns[0, 1].isnan()
 

@@ -16,8 +16,9 @@ from eloftr_kernels.dispatch import (
     on_device_of,
     use_triton,
     why_not_triton,
+    works_in_pieces,
 )
-from eloftr_kernels.dual_softmax import reference
+from eloftr_kernels.dual_softmax import one_pass, reference
 
 
 def dual_softmax_lse(
@@ -106,6 +107,51 @@ def mutual_best(
             best1, best0, score1 = _best_op(features0, features1, temperature, row_lse, col_lse, mask0, mask1)
             return best1, best0, score1
         return reference.mutual_best(features0, features1, temperature, row_lse, col_lse, mask0, mask1)
+
+
+def dual_softmax_best(
+    features0: Tensor,  # (B, L, C)
+    features1: Tensor,  # (B, S, C)
+    temperature: float,
+    threshold: float,
+    mask0: Tensor | None = None,  # (B, L) bool
+    mask1: Tensor | None = None,  # (B, S) bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    r"""Normalisers, and the best partner of every cell that has one with a confidence above ``threshold``.
+
+    What :func:`dual_softmax_lse` and :func:`mutual_best` give, for callers who drop pairs below a threshold anyway:
+    on a CPU, with no gradient asked for and a threshold of at least 0.01, a single pass over the scores finds both
+    (:func:`eloftr_kernels.dual_softmax.one_pass.dual_softmax_best` says why that is exact). Otherwise it is the two.
+
+    Convention:
+        Best partners as :func:`mutual_best`. Of a cell that has no pair above the threshold they are not defined, but
+        indices of cells all the same, and its score is not above ``log(threshold)``. The gradient of the normalisers
+        flows as in :func:`dual_softmax_lse`.
+
+    Args:
+        features0: as for :func:`dual_softmax_lse`.
+        features1: as for :func:`dual_softmax_lse`.
+        temperature: positive.
+        threshold: a probability; 0 and less, all cells have a best partner.
+        mask0: (B, L) bool.
+        mask1: (B, S) bool.
+
+    Returns:
+        ``row_lse`` (B, L), ``col_lse`` (B, S), ``best1`` (B, L) int64, ``best0`` (B, S) int64, ``score1`` (B, L).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`dual_softmax_lse`.
+    """
+    _check(features0, features1, temperature, mask0, mask1)
+    if (
+        works_in_pieces(features0)
+        and threshold >= one_pass.LEAST_THRESHOLD
+        and 0 not in (features0.shape[1], features1.shape[1])
+        and not use_triton("dual_softmax_best", why_not(features0, features1, mask0, mask1))
+    ):
+        return one_pass.dual_softmax_best(features0, features1, temperature, threshold, mask0, mask1)
+    lse = dual_softmax_lse(features0, features1, temperature, mask0, mask1)
+    return *lse, *mutual_best(features0, features1, temperature, *lse, mask0, mask1)
 
 
 def pair_scores(

@@ -63,11 +63,9 @@ class _NormalisersFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         row_lse = features0.new_empty(features0.shape[:2])
         col_lse = features1.new_full(features1.shape[:2], -torch.inf)
-        held, scratch = _block_memory(features0, features1), _block_memory(features0, features1)
+        held, scratch = block_memory(features0, features1), block_memory(features0, features1)
         with torch.autocast(features0.device.type, enabled=False):
-            for rows in _row_blocks(features0, features1):
-                mask = _masked(mask0, rows, mask1)
-                scores = _scores(features0[:, rows], features1, temperature, mask, held)
+            for rows, scores, _ in score_blocks(features0, features1, temperature, mask0, mask1, held):
                 row_lse[:, rows], block_col = two_way_logsumexp(scores, scratch.view(*scores.shape))
                 col_lse = torch.logaddexp(col_lse, block_col)
         ctx.temperature = temperature
@@ -78,12 +76,12 @@ class _NormalisersFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_row: Tensor, grad_col: Tensor) -> tuple[Tensor | None, ...]:
         features0, features1, mask0, mask1, row_lse, col_lse = ctx.saved_tensors
         recorded = torch.is_grad_enabled()
-        held, scratch = [None if recorded else _block_memory(features0, features1) for _ in range(2)]
+        held, scratch = [None if recorded else block_memory(features0, features1) for _ in range(2)]
         grad0, grad1 = [], torch.zeros_like(features1)
         with torch.autocast(features0.device.type, enabled=False):
-            for rows in _row_blocks(features0, features1):
-                mask = _masked(mask0, rows, mask1)
-                scores = _scores(features0[:, rows], features1, ctx.temperature, mask, held)
+            for rows, scores, masked in score_blocks(
+                features0, features1, ctx.temperature, mask0, mask1, held
+            ):
                 slopes = _slopes(
                     scores,
                     row_lse[:, rows, None],
@@ -92,8 +90,8 @@ class _NormalisersFunction(torch.autograd.Function):
                     grad_col[:, None],
                     scratch,
                 )
-                if mask is not None:
-                    slopes = slopes.masked_fill(mask, 0)
+                if masked is not None:
+                    slopes = slopes.masked_fill(masked, 0)
                 grad0.append(slopes @ features1)
                 grad1 = grad1 + slopes.mT @ features0[:, rows]
         return torch.cat(grad0, 1) / ctx.temperature, grad1 / ctx.temperature, None, None, None
@@ -145,11 +143,9 @@ def mutual_best(
     best0 = torch.zeros(features1.shape[:2], dtype=torch.int64, device=features1.device)
     score1 = features0.new_full(features0.shape[:2], -torch.inf)
     score0 = features1.new_full(features1.shape[:2], -torch.inf)
-    held = _block_memory(features0, features1)
+    held = block_memory(features0, features1)
     with torch.autocast(features0.device.type, enabled=False):
-        for rows in _row_blocks(features0, features1):
-            mask = _masked(mask0, rows, mask1)
-            scores = _scores(features0[:, rows], features1, temperature, mask, held)
+        for rows, scores, _ in score_blocks(features0, features1, temperature, mask0, mask1, held):
             if row_lse is not None and col_lse is not None:
                 # Half of 2 s - r - c, doubled at the end: a pass less over the scores. They are those that the
                 # normalisers were computed from, bit for bit, so that rounding cancels in large ones.
@@ -186,13 +182,23 @@ def pair_scores(
     return 2 * score - row_lse[batch, cells0] - col_lse[batch, cells1]
 
 
-def _scores(
-    rows: Tensor, columns: Tensor, temperature: float, masked: Tensor | None, memory: Scratch | None = None
-) -> Tensor:
-    """(B, R, S) scores of (B, R, C) with (B, S, C), in ``memory`` where no gradient is kept."""
-    out = None if memory is None else memory.view(*rows.shape[:2], columns.shape[1])
-    scores = torch.matmul(rows / temperature, columns.mT, out=out)
-    return scores if masked is None else scores.masked_fill_(masked, MASKED)
+def score_blocks(
+    features0: Tensor,
+    features1: Tensor,
+    temperature: float,
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+    memory: Scratch | None = None,
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Rows, their scores (B, R, S), in ``memory`` where no gradient is kept, and what :func:`_masked` says of them."""
+    step = _block_rows(features1)
+    for start in range(0, max(1, features0.shape[1]), step):
+        rows = slice(start, start + step)
+        masked = _masked(mask0, rows, mask1)
+        own = features0[:, rows]
+        out = None if memory is None else memory.view(*own.shape[:2], features1.shape[1])
+        scores = torch.matmul(own / temperature, features1.mT, out=out)
+        yield rows, scores if masked is None else scores.masked_fill_(masked, MASKED), masked
 
 
 def _masked(mask0: Tensor | None, rows: slice, mask1: Tensor | None) -> Tensor | None:
@@ -203,18 +209,12 @@ def _masked(mask0: Tensor | None, rows: slice, mask1: Tensor | None) -> Tensor |
     return invalid0 if mask1 is None else invalid0 | ~mask1[:, None]
 
 
-def _row_blocks(features0: Tensor, features1: Tensor) -> Iterator[slice]:
-    rows = _block_rows(features1)
-    for start in range(0, max(1, features0.shape[1]), rows):
-        yield slice(start, start + rows)
-
-
 def _block_rows(features1: Tensor) -> int:
     rows = max(1, BLOCK_ELEMENTS // max(1, features1.shape[0] * features1.shape[1]))
     return rows if rows < 64 else rows // 64 * 64  # whole groups of first_max
 
 
-def _block_memory(features0: Tensor, features1: Tensor) -> Scratch:
+def block_memory(features0: Tensor, features1: Tensor) -> Scratch:
     """For one block of scores."""
     rows = min(_block_rows(features1), features0.shape[1])
     return Scratch(features1.shape[0] * rows * features1.shape[1], features0)

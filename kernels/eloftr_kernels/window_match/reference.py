@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -105,26 +106,28 @@ def _match(
 ) -> WindowMatches:
     """One chunk of matches."""
     channels = map0.shape[1]
+    order = _inside_first(map1.device)
     windows0 = windows(map0, batch, cells0, ring=0)
-    windows1 = windows(map1, batch, cells1, ring=RING)
+    windows1 = windows(map1, batch, cells1, ring=RING, order=order)
     sizes = [channels - subpixel_channels, subpixel_channels]
     coarse0, sub0 = torch.split(windows0, sizes, -1)
     coarse1, sub1 = torch.split(windows1, sizes, -1)
-    log_joint = pixel_log_joint(coarse0, coarse1, channels, memory)
-    best = first_max(log_joint.flatten(1), 1)[1]
-    index0, index1 = best // WINDOW**2, best % WINDOW**2
+    halves, over1 = _half_log_joint(coarse0, coarse1, channels, memory)
+    index0, index1 = _best_pixels(halves, over1)
+    sub1 = sub1.index_select(1, order.argsort())
     subpixel1 = subpixel_expectation(sub0, sub1, index0, index1, subpixel_temperature, centred_subpixel)
-    grid = pixel_offsets(log_joint)
+    grid = pixel_offsets(halves)
     expected0 = expected1 = None
     if soft_temperature is not None:
-        with torch.autocast(log_joint.device.type, enabled=False):
+        with torch.autocast(halves.device.type, enabled=False):
+            log_joint = 2 * halves - over1[..., None]
             joint = F.softmax(log_joint.flatten(1) / soft_temperature, 1)
             joint = joint.view(len(joint), WINDOW**2, WINDOW**2)
             expected0, expected1 = joint.sum(2) @ grid, joint.sum(1) @ grid
     return WindowMatches(grid[index0], grid[index1], subpixel1, expected0, expected1)
 
 
-def windows(fine_map: Tensor, batch: Tensor, cells: Tensor, ring: int) -> Tensor:
+def windows(fine_map: Tensor, batch: Tensor, cells: Tensor, ring: int, order: Tensor | None = None) -> Tensor:
     """Feature windows of the map upsampled by two, of the given cells only.
 
     Args:
@@ -132,9 +135,10 @@ def windows(fine_map: Tensor, batch: Tensor, cells: Tensor, ring: int) -> Tensor
         batch: (M,) int64.
         cells: (M,) int64.
         ring: pixels added around the 8x8 window; those outside the upsampled map are zero.
+        order: (P,) int64 in which the pixels come; default: rows first.
 
     Returns:
-        (M, (8 + 2 ring)^2, D), rows first.
+        (M, (8 + 2 ring)^2, D).
     """
     height, width = fine_map.shape[-2:]
     rows, columns = cells // (width // 4) * 4, cells % (width // 4) * 4
@@ -146,34 +150,63 @@ def windows(fine_map: Tensor, batch: Tensor, cells: Tensor, ring: int) -> Tensor
         fine_map.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, flat.flatten()).unflatten(0, flat.shape)
     )
     side = WINDOW + 2 * ring
-    w: Tensor = _upsampling_matrix(ring, patches) @ patches.flatten(1, 2)
-    if ring:
-        w = w.unflatten(1, (side, side))
-        inside_y, inside_x = _inside(rows, height, side, ring), _inside(columns, width, side, ring)
-        w = (w * (inside_y[:, :, None] * inside_x[:, None])[..., None]).flatten(1, 2)
-    return w
+    pixels = torch.arange(side**2, device=cells.device) if order is None else order
+    w: Tensor = _upsampling_matrix(ring, patches)[pixels] @ patches.flatten(1, 2)
+    if not ring:
+        return w
+    inside_y, inside_x = _inside(rows, height, side, ring), _inside(columns, width, side, ring)
+    if works_in_pieces(fine_map) and bool(inside_y.all() & inside_x.all()):
+        return w
+    return w * (inside_y[:, :, None] & inside_x[:, None]).flatten(1)[:, pixels, None]
 
 
-def pixel_log_joint(
-    coarse0: Tensor, coarse1: Tensor, channels: int, memory: Sequence[Scratch] | None = None
-) -> Tensor:
+def pixel_log_joint(coarse0: Tensor, coarse1: Tensor, channels: int) -> Tensor:
     """Logarithm of the dual-softmax probability of every pixel pair, ring dropped: (M, 64, 64).
 
     Args:
         coarse0: (M, 64, D - d).
-        coarse1: (M, 100, D - d).
+        coarse1: (M, 100, D - d), rows first.
         channels: D.
-        memory: two of M scores to work in, where no gradient is kept.
+    """
+    coarse1 = coarse1.index_select(1, _inside_first(coarse1.device))
+    halves, over1 = _half_log_joint(coarse0, coarse1, channels)
+    return 2 * halves - over1[..., None]
+
+
+def _half_log_joint(
+    coarse0: Tensor,  # (M, 64, D - d)
+    coarse1: Tensor,  # (M, 100, D - d), ring last
+    channels: int,
+    memory: Sequence[Scratch] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The logarithm is 2 h - over1: h (M, 64, 64), and the normalisers over image 1, (M, 64).
+
+    It takes two passes over the scores less than the whole. With ``memory`` for two times M scores, they are kept
+    there, and no gradient is.
     """
     shape = (*coarse0.shape[:2], coarse1.shape[1])
     held, scratch = (None, None) if memory is None else (part.view(*shape) for part in memory)
     with torch.autocast(coarse0.device.type, enabled=False):
-        coarse1 = coarse1.index_select(1, _inside_first(coarse1.device))
         coarse0, coarse1 = accumulation_dtype(coarse0), accumulation_dtype(coarse1) / channels
         scores = torch.matmul(coarse0, coarse1.mT, out=held)
-        over1, over0 = two_way_logsumexp(scores, scratch)
+        bound = math.inf if memory is None else float(_longest(coarse0) * _longest(coarse1))
+        over1, over0 = two_way_logsumexp(scores, scratch, bound=bound)
         inside = slice(WINDOW**2)
-        return (2 * scores[..., inside]).sub_(over0[:, None, inside]).sub_(over1[..., None])
+        out = None if held is None else held[..., inside]
+        return torch.sub(scores[..., inside], over0[:, None, inside] / 2, out=out), over1
+
+
+def _longest(vectors: Tensor) -> Tensor:
+    """The largest length of (..., C); by way of a matrix product, which is what a CPU sums short rows soonest with."""
+    return (vectors.square() @ vectors.new_ones(vectors.shape[-1])).amax().sqrt()
+
+
+def _best_pixels(halves: Tensor, over1: Tensor) -> tuple[Tensor, Tensor]:
+    """Arg-max pixel pair of what :func:`_half_log_joint` returns, the first of equals: (M,) and (M,)."""
+    halves = halves.detach()
+    index0 = first_max(halves.amax(2) - over1.detach() / 2, 1)[1]
+    row = halves.gather(1, index0[:, None, None].expand(-1, 1, halves.shape[2]))
+    return index0, first_max(row[:, 0], 1)[1]
 
 
 def subpixel_expectation(
