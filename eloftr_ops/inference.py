@@ -13,6 +13,7 @@ from eloftr_ops.allocator import keep_small_blocks
 from eloftr_ops.config import GradientMode
 from eloftr_ops.matcher import EfficientLoFTR, PairMaps
 from eloftr_ops.types import Features
+from eloftr_ops.winograd import use_winograd
 
 _REMEDY = "Use the matcher that it was made from."
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -22,7 +23,9 @@ class InferenceMatcher(EfficientLoFTR):
     """What :meth:`EfficientLoFTR.optimize_for_inference` returns: the same matches, sooner, and nothing else.
 
     RepVGG branches and every BatchNorm are folded into convolutions, weights lie channels last, and no graph is
-    recorded. It is a copy: the matcher that it was made from stays as it is, and is the one to train and to save.
+    recorded. In float32 on a CPU, wide convolutions run by Winograd's algorithm, with weights that are four times as
+    large (:mod:`eloftr_ops.winograd`). It is a copy: the matcher that it was made from stays as it is, and is the one
+    to train and to save.
 
     With bfloat16 the transformer and the scores stay in float32: its 8 bits are too few for what decides which cells
     match, and cost more matches than all the convolutions together.
@@ -61,6 +64,8 @@ class InferenceMatcher(EfficientLoFTR):
             self.transformer.float()
         if next(self.parameters()).device.type == "cpu":
             keep_small_blocks()
+            if self._dtype is torch.float32 and not compiled:
+                use_winograd(self)
         if compiled:
             backend = "inductor" if compiled is True else compiled
             for owner, name in ((self.backbone, "forward"), (self, "match_maps"), (self, "fine_maps")):
