@@ -115,6 +115,7 @@ class PairCase(NamedTuple):
     warm: bool = (
         True  # an untimed run first; the largest cases do without, after smaller ones of the same code
     )
+    alike: bool = False  # the image with itself, where random weights find many matches too
 
     @property
     def name(self) -> str:
@@ -128,7 +129,11 @@ class PairCase(NamedTuple):
             "training": f"training step, batch {self.batch} of {size}",
             "import": "import time beyond torch and kornia",
             "command": "the command line, whole process",
-        }.get(self.kind, f"pair of {size}" if self.batch == 1 else f"{self.batch} pairs of {size}")
+        }.get(self.kind, self._pairs(size))
+
+    def _pairs(self, size: str) -> str:
+        name = f"pair of {size}" if self.batch == 1 else f"{self.batch} pairs of {size}"
+        return f"{name}, an image with itself" if self.alike else name
 
 
 _OURS = tuple(name for name, spec in MATCHERS.items() if spec.owner == "eloftr_ops" and spec.dtype is None)
@@ -142,6 +147,7 @@ MATCHER = (
 )
 CPU = (
     PairCase("pair", (480, 640), (*_CPU_OURS, *_PEERS), 5),
+    PairCase("pair", (480, 640), (*_CPU_OURS[:2], *_PEERS), 3, alike=True),
     PairCase("pair", (1024, 1024), (*_CPU_OURS, *_PEERS), 1, warm=False),
     PairCase("many", (480, 640), ("eloftr_ops small fp32",), 3),
     PairCase("many", (480, 640), ("eloftr_ops full fp32",), 2, warm=False),

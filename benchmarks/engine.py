@@ -88,7 +88,7 @@ def _pair_task(case: PairCase, context: Context) -> Task:
     held = case.kind in ("pair", "curve")
     return Task(
         case.name,
-        case.kind,
+        "alike" if case.alike else case.kind,
         "forward+backward" if case.kind == "training" else "whole",
         case,
         lambda: workloads.contenders(case, context),

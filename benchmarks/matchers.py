@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.util
@@ -74,11 +75,14 @@ def load(name: str, context: Context) -> Matcher:
     return {"eloftr_ops": _ours, "transformers": _transformers, "kornia": _kornia}[spec.owner](spec, context)
 
 
-def images(size: tuple[int, int], batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The bundled photograph and its warp, (B, 1, H, W) each, resized."""
+def images(
+    size: tuple[int, int], batch: int, device: torch.device, *, alike: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The bundled photograph and its warp, or itself, (B, 1, H, W) each, resized."""
     from eloftr_ops.io import demo_pair
 
-    pair = demo_pair()[:2]
+    photograph, warped, _ = demo_pair()
+    pair = photograph, photograph if alike else warped
     first, second = (F.interpolate(x, size, mode="bilinear", antialias=True) for x in pair)
     return first.repeat(batch, 1, 1, 1).to(device), second.repeat(batch, 1, 1, 1).to(device)
 
@@ -186,9 +190,10 @@ def timed_stages(model: Any, device: torch.device) -> Iterator[dict[str, float]]
 def stage_operations(preset: str, size: tuple[int, int]) -> dict[str, float]:
     """Operations by stage of one pair of (height, width), counted on tensors without data, all of every map.
 
-    The windows, whose number the images decide, are left out: some thousandths of the whole.
+    Convolutions count as what they are by definition, also where Winograd's algorithm takes a quarter of it. The
+    windows, whose number the images decide, are left out: some thousandths of the whole.
     """
-    from eloftr_kernels.dual_softmax import reference
+    from eloftr_kernels.dual_softmax import one_pass, reference
     from eloftr_ops.types import Features
 
     model = plain_model(preset).optimize_for_inference()
@@ -207,7 +212,9 @@ def stage_operations(preset: str, size: tuple[int, int]) -> dict[str, float]:
         features = Features(*counted("backbone", model.backbone, torch.empty(1, 1, *padded)), mask=None)
         operations["backbone"] *= 2  # images
         counted("transformer", model.transformer, features.coarse, features.coarse)
-        maps = counted("coarse matching", model.match_maps, features, features)
+        passes = 1 if model.config.threshold >= one_pass.LEAST_THRESHOLD else 2
+        match_maps = functools.partial(model.match_maps, with_best=passes == 2)
+        maps = counted("coarse matching", match_maps, features, features)
         operations["coarse matching"] -= operations["transformer"]  # which is inside it
         counted("pyramid", model.fine_maps, features, features, maps)
     return operations
@@ -215,8 +222,8 @@ def stage_operations(preset: str, size: tuple[int, int]) -> dict[str, float]:
 
 def _ours(spec: MatcherSpec, context: Context) -> Matcher:
     dtype = DTYPES[spec.dtype or context.dtype]
-    plain = plain_model(spec.preset)
-    model = plain.optimize_for_inference(dtype=dtype, compile=spec.mode == "compile").to(context.device)
+    plain = copy.deepcopy(plain_model(spec.preset)).to(context.device)
+    model = plain.optimize_for_inference(dtype=dtype, compile=spec.mode == "compile")
     if spec.mode == "reduce-overhead":
         for owner, attribute in ((model.backbone, "forward"), (model, "match_maps"), (model, "fine_maps")):
             compiled = torch.compile(getattr(owner, attribute), mode=spec.mode, dynamic=False)

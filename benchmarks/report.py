@@ -23,9 +23,10 @@ How to read it: every contender was first held to a reference, as stated, and wo
 medians, with the first and third quartile, of rounds in which all contenders took turns; the timed region waits for the
 device. *Speed* is the baseline's time over the row's: below 1 the row loses. *Of the limit* is the least time that the
 machine allows, from the counted operations and bytes and from rates measured in the same run, over the row's time;
-small tensors can stay in caches and exceed it. Our matchers' operations are those of all maps, also where a CPU leaves
-out parts of the finest one that no match reads. Peak memory on a GPU is what a run allocates beyond what it was given;
-on a CPU it is that of a process of its own, for an op beyond its inputs, for a matcher beyond torch.
+small tensors can stay in caches and exceed it, and so can our matchers on a CPU: their operations are those of all
+maps, convolved by definition, also where Winograd's algorithm takes a quarter of the products, or where no match reads
+a part of the finest map and it is left out. Peak memory on a GPU is what a run allocates beyond what it was given; on a
+CPU it is that of a process of its own, for an op beyond its inputs, for a matcher beyond torch.
 """
 _TITLES = {"kernels": "Kernels", "matcher": "Whole matcher", "cpu": "On the CPU"}
 

@@ -105,7 +105,7 @@ def _print_profile(
     """Seconds by stage for our matchers, otherwise the operators that take longest."""
     for name, run in runs.items():
         spec = MATCHERS.get(name)
-        if spec is not None and isinstance(task.case, PairCase) and task.group == "pair":
+        if spec is not None and isinstance(task.case, PairCase) and task.group in ("pair", "alike"):
             if spec.owner == "eloftr_ops" and spec.mode == "eager":
                 _print_stages(task.case, name, context, limits)
         elif isinstance(task.case, KernelCase) or task.group == "training":

@@ -53,7 +53,7 @@ def counted_operations(case: PairCase, name: str, context: Context) -> float | N
 def stage_seconds(case: PairCase, name: str, context: Context) -> dict[str, float]:
     """Seconds by stage of one pair, after one untimed run."""
     matcher = matchers.load(name, context)
-    pair = [x.to(matcher.dtype) for x in matchers.images(case.size, 1, context.device)]
+    pair = [x.to(matcher.dtype) for x in matchers.images(case.size, 1, context.device, alike=case.alike)]
     with torch.inference_mode():
         matcher.match(*pair)
         with matchers.timed_stages(matcher.model, context.device) as seconds:
@@ -65,7 +65,8 @@ def _pair(case: PairCase, context: Context) -> list[Contender]:
     def build(name: str, gated: bool) -> Run:
         matcher = matchers.load(name, context)
         shared = matchers.gate(name, matcher, case.size, context) if gated else None
-        pair = [x.to(matcher.dtype) for x in matchers.images(case.size, case.batch, context.device)]
+        given = matchers.images(case.size, case.batch, context.device, alike=case.alike)
+        pair = [x.to(matcher.dtype) for x in given]
         return _counting(lambda: matcher.match(*pair), shared)
 
     made = [_contender(name, build, case.batch) for name in case.contenders]
