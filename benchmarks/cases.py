@@ -107,7 +107,7 @@ MATCHERS = {
 class PairCase(NamedTuple):
     """Work on whole images."""
 
-    kind: str  # pair, many, batch, curve, training, import or command
+    kind: str  # pair, many, batch, curve, convolution, training, import or command
     size: tuple[int, int]
     contenders: tuple[str, ...]  # names in MATCHERS; none for import and command
     repeats: int
@@ -116,6 +116,7 @@ class PairCase(NamedTuple):
         True  # an untimed run first; the largest cases do without, after smaller ones of the same code
     )
     alike: bool = False  # the image with itself, where random weights find many matches too
+    channels: int = 0  # of a convolution
 
     @property
     def name(self) -> str:
@@ -126,6 +127,7 @@ class PairCase(NamedTuple):
             "many": f"{first}: 4 images of {size}, all to all",
             "batch": f"{first}: {self.batch} pairs of {size}, together or one by one",
             "curve": f"stages at {size}",
+            "convolution": f"3x3 convolution of {self.channels} channels at {size}",
             "training": f"training step, batch {self.batch} of {size}",
             "import": "import time beyond torch and kornia",
             "command": "the command line, whole process",
@@ -155,6 +157,10 @@ CPU = (
     PairCase("batch", (480, 640), ("eloftr_ops full fp32",), 2, batch=4, warm=False),
     *(PairCase("curve", (side, side), ("eloftr_ops full fp32",), 2) for side in (320, 480, 640)),
     PairCase("curve", (1024, 1024), ("eloftr_ops full fp32",), 2, warm=False),
+    *(
+        PairCase("convolution", size, (), 15, channels=channels)
+        for size, channels in (((60, 80), 256), ((120, 160), 128), ((60, 80), 96))
+    ),
     PairCase("import", (0, 0), (), 3),
     PairCase("command", (480, 640), (), 3),
     PairCase("pair", (2048, 2048), _FP32, 1, warm=False),

@@ -83,8 +83,17 @@ def suite_tasks(suite: str, context: Context) -> list[Task]:
 
 def _pair_task(case: PairCase, context: Context) -> Task:
     first = case.contenders[0] if case.contenders else ""
-    baselines = {"pair": "transformers", "many": f"{first}, six calls", "batch": f"{first}, one by one"}
-    gates = {"many": "the same matches as by six calls", "batch": "the same matches as one by one"}
+    baselines = {
+        "pair": "transformers",
+        "many": f"{first}, six calls",
+        "batch": f"{first}, one by one",
+        "convolution": "direct",
+    }
+    gates = {
+        "many": "the same matches as by six calls",
+        "batch": "the same matches as one by one",
+        "convolution": f"within {workloads.CONVOLUTION_ERROR} of the direct convolution's norm",
+    }
     held = case.kind in ("pair", "curve")
     return Task(
         case.name,

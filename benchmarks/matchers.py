@@ -87,7 +87,9 @@ def images(
     return first.repeat(batch, 1, 1, 1).to(device), second.repeat(batch, 1, 1, 1).to(device)
 
 
-def gate(name: str, matcher: Matcher, size: tuple[int, int], context: Context) -> float | None:
+def gate(
+    name: str, matcher: Matcher, size: tuple[int, int], context: Context, *, alike: bool = False
+) -> float | None:
     """Hold a matcher to the plain float32 model of its preset on a small pair; returns the share of common matches.
 
     Raises:
@@ -96,7 +98,7 @@ def gate(name: str, matcher: Matcher, size: tuple[int, int], context: Context) -
     spec = MATCHERS[name]
     if spec.owner == "kornia":
         return None
-    pair = images(min(size, GATE_SIZE), 1, context.device)
+    pair = images(min(size, GATE_SIZE), 1, context.device, alike=alike)
     own_pair = [x.to(matcher.dtype) for x in pair]
     dtype = next(key for key, value in DTYPES.items() if value == matcher.dtype)
     with torch.inference_mode():
@@ -193,7 +195,7 @@ def stage_operations(preset: str, size: tuple[int, int]) -> dict[str, float]:
     Convolutions count as what they are by definition, also where Winograd's algorithm takes a quarter of it. The
     windows, whose number the images decide, are left out: some thousandths of the whole.
     """
-    from eloftr_kernels.dual_softmax import one_pass, reference
+    from eloftr_kernels.dual_softmax import reference
     from eloftr_ops.types import Features
 
     model = plain_model(preset).optimize_for_inference()
@@ -212,9 +214,8 @@ def stage_operations(preset: str, size: tuple[int, int]) -> dict[str, float]:
         features = Features(*counted("backbone", model.backbone, torch.empty(1, 1, *padded)), mask=None)
         operations["backbone"] *= 2  # images
         counted("transformer", model.transformer, features.coarse, features.coarse)
-        passes = 1 if model.config.threshold >= one_pass.LEAST_THRESHOLD else 2
-        match_maps = functools.partial(model.match_maps, with_best=passes == 2)
-        maps = counted("coarse matching", match_maps, features, features)
+        one_pass = functools.partial(model.match_maps, with_best=False)
+        maps = counted("coarse matching", one_pass, features, features)
         operations["coarse matching"] -= operations["transformer"]  # which is inside it
         counted("pyramid", model.fine_maps, features, features, maps)
     return operations

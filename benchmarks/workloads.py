@@ -19,10 +19,19 @@ from torch import Tensor
 from benchmarks import matchers
 from benchmarks.cases import MATCHERS, PairCase
 from benchmarks.matchers import Context, Matcher
-from benchmarks.measure import DTYPES, Contender, Elapsed, Run, convolution, count_operations
+from benchmarks.measure import (
+    DTYPES,
+    Contender,
+    Disagreement,
+    Elapsed,
+    Run,
+    convolution,
+    count_operations,
+)
 
 STAGES = ("backbone", "transformer", "coarse matching", "pyramid", "selection and windows")
 FLOOR = "3x3 convolution"  # of the shape of most of the work: what the machine can do at most
+CONVOLUTION_ERROR = 1e-5  # of the norm
 _LARGEST_COUNTED = 480 * 640
 _counted: dict[tuple[str, str, tuple[int, int]], float] = {}
 _IMPORT = "import time, torch, kornia; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
@@ -64,7 +73,7 @@ def stage_seconds(case: PairCase, name: str, context: Context) -> dict[str, floa
 def _pair(case: PairCase, context: Context) -> list[Contender]:
     def build(name: str, gated: bool) -> Run:
         matcher = matchers.load(name, context)
-        shared = matchers.gate(name, matcher, case.size, context) if gated else None
+        shared = matchers.gate(name, matcher, case.size, context, alike=case.alike) if gated else None
         given = matchers.images(case.size, case.batch, context.device, alike=case.alike)
         pair = [x.to(matcher.dtype) for x in given]
         return _counting(lambda: matcher.match(*pair), shared)
@@ -173,6 +182,28 @@ def _curve(case: PairCase, context: Context) -> list[Contender]:
     return [_contender(name, build)._replace(has_peak=False), *(report(stage) for stage in STAGES)]
 
 
+def _convolution(case: PairCase, context: Context) -> list[Contender]:
+    """A 3x3 convolution as it is defined, and by Winograd's algorithm, held to it."""
+    generator = torch.Generator().manual_seed(0)
+    conv = torch.nn.Conv2d(case.channels, case.channels, 3, padding=1).requires_grad_(False)
+    conv.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(1, case.channels, *case.size, generator=generator).relu_()
+    x = x.to(context.device, memory_format=torch.channels_last)
+
+    def build(name: str, gated: bool) -> Run:
+        from eloftr_ops.winograd import WinogradConv3x3
+
+        function = conv if name == "direct" else WinogradConv3x3(conv)
+        error = float((function(x) - conv(x)).norm() / conv(x).norm())
+        if not error <= CONVOLUTION_ERROR:
+            raise Disagreement(f"relative error {error:.2g}, allowed {CONVOLUTION_ERROR}")
+        return torch.no_grad()(lambda: function(x) is None)
+
+    return [
+        _contender(name, torch.no_grad()(build))._replace(has_peak=False) for name in ("direct", "Winograd")
+    ]
+
+
 def _training(case: PairCase, context: Context) -> list[Contender]:
     """Forward, losses and backward of one batch; rendering and the optimiser are not counted."""
 
@@ -274,6 +305,7 @@ _KINDS: dict[str, Callable[[PairCase, Context], list[Contender]]] = {
     "many": _many,
     "batch": _batch,
     "curve": _curve,
+    "convolution": _convolution,
     "training": _training,
     "import": _import,
     "command": _command,

@@ -2,6 +2,7 @@
 """One pass over the scores = the normalisers, then the best partners, for everything above the threshold."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -38,12 +39,16 @@ def matches(result: tuple[Tensor, ...], threshold: float, masks: tuple[Tensor | 
 @pytest.fixture(autouse=True)
 def _several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 1 << 9)
+    monkeypatch.setattr(reference, "BLOCK_COLUMNS", 32)
+    # In blocks this small, lists are long beside them: without limits there is never a second pass.
+    monkeypatch.setattr(one_pass, "MOST_GROUPS", 1.0)
+    monkeypatch.setattr(one_pass, "MOST_CANDIDATES", 1 << 20)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     cells=st.sampled_from([(1, 1), (7, 5), (64, 64), (40, 128), (33, 1), (96, 48)]),
-    threshold=st.sampled_from([0.01, 0.05, 0.2, 0.5, 0.99, 1.0]),
+    threshold=st.sampled_from([1e-5, 0.01, 0.05, 0.2, 0.5, 0.99, 1.0]),
     spread=st.sampled_from([0.0, 0.3, 2.0, 30.0]),
     offset=st.sampled_from([0.0, 40.0]),
     masked=st.sampled_from(["", "0", "1", "01"]),
@@ -71,7 +76,9 @@ def test_the_same_matches_bit_for_bit(
         for side, n in zip("01", cells, strict=True)
     )
     expected = two_passes(f0, f1, masks)
-    got = one_pass.dual_softmax_best(f0, f1, TEMPERATURE, threshold, *masks)
+    with mock.patch.object(one_pass, "mutual_best") as second:
+        got = one_pass.dual_softmax_best(f0, f1, TEMPERATURE, threshold, *masks)
+    assert second.call_count == 0
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[1], expected[1])
     assert matches(got, threshold, masks) == matches(expected, threshold, masks)
@@ -86,6 +93,24 @@ def test_there_is_something_to_find() -> None:
     found = matches(one_pass.dual_softmax_best(f0, f0.roll(3, 1), TEMPERATURE, 0.2), 0.2, masks=(None, None))
     assert len(found) > 90
     assert all(j == (i + 3) % 64 for _, i, j, _ in found)
+
+
+def second_passes(f0: Tensor, f1: Tensor, threshold: float) -> int:
+    with spy(one_pass, "mutual_best") as calls:
+        got = one_pass.dual_softmax_best(f0, f1, TEMPERATURE, threshold)
+    expected = two_passes(f0, f1, (None, None))
+    assert matches(got, threshold, (None, None)) == matches(expected, threshold, (None, None))
+    return calls["mutual_best"]
+
+
+def test_too_many_candidates_are_left_to_a_second_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "BLOCK_COLUMNS", 128)
+    f0 = 2 * torch.randn(1, 128, 8, generator=torch.Generator().manual_seed(0))
+    alike = torch.zeros(1, 128, 8)
+    for groups, candidates, expected in ((1.0, 200, (0, 0)), (1.0, 8, (0, 1)), (0.9, 200, (0, 1))):
+        monkeypatch.setattr(one_pass, "MOST_GROUPS", groups)
+        monkeypatch.setattr(one_pass, "MOST_CANDIDATES", candidates)
+        assert (second_passes(f0, f0, 0.2), second_passes(alike, alike, 1e-5)) == expected
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])

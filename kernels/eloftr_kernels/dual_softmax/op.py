@@ -120,7 +120,7 @@ def dual_softmax_best(
     r"""Normalisers, and the best partner of every cell that has one with a confidence above ``threshold``.
 
     What :func:`dual_softmax_lse` and :func:`mutual_best` give, for callers who drop pairs below a threshold anyway:
-    on a CPU, with no gradient asked for and a threshold of at least 0.01, a single pass over the scores finds both
+    on a CPU, with no gradient asked for, a single pass over the scores finds both
     (:func:`eloftr_kernels.dual_softmax.one_pass.dual_softmax_best` says why that is exact). Otherwise it is the two.
 
     Convention:
@@ -145,7 +145,7 @@ def dual_softmax_best(
     _check(features0, features1, temperature, mask0, mask1)
     if (
         works_in_pieces(features0)
-        and threshold >= one_pass.LEAST_THRESHOLD
+        and threshold > 0
         and 0 not in (features0.shape[1], features1.shape[1])
         and not use_triton("dual_softmax_best", why_not(features0, features1, mask0, mask1))
     ):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streaming dual softmax in plain PyTorch: the L x S matrix exists one block of rows at a time."""
+"""Streaming dual softmax in plain PyTorch: the L x S matrix exists one block at a time."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from eloftr_kernels.arithmetic import Scratch, accumulation_dtype, first_max, two_way_logsumexp
 
 BLOCK_ELEMENTS = 1 << 22  # scores held at once: 16 MB in float32
+BLOCK_COLUMNS = 1 << 13  # more of them leave a block too few rows for what a product reads
 MASKED = -1e9  # score of a masked pair; finite, so that a fully masked row has no NaN in value or gradient
 
 
@@ -40,7 +41,7 @@ def dual_softmax_lse(
 
 
 class _NormalisersFunction(torch.autograd.Function):
-    r"""Both passes in blocks of rows.
+    r"""Both passes in blocks.
 
     With the slopes :math:`g` of the loss,
 
@@ -61,13 +62,12 @@ class _NormalisersFunction(torch.autograd.Function):
         mask0: Tensor | None,
         mask1: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        row_lse = features0.new_empty(features0.shape[:2])
+        row_lse = features0.new_full(features0.shape[:2], -torch.inf)
         col_lse = features1.new_full(features1.shape[:2], -torch.inf)
         held, scratch = block_memory(features0, features1), block_memory(features0, features1)
         with torch.autocast(features0.device.type, enabled=False):
-            for rows, scores, _ in score_blocks(features0, features1, temperature, mask0, mask1, held):
-                row_lse[:, rows], block_col = two_way_logsumexp(scores, scratch.view(*scores.shape))
-                col_lse = torch.logaddexp(col_lse, block_col)
+            for block in score_blocks(features0, features1, temperature, mask0, mask1, held):
+                add_block(row_lse, col_lse, block, scratch)
         ctx.temperature = temperature
         ctx.save_for_backward(features0, features1, mask0, mask1, row_lse, col_lse)
         return row_lse, col_lse
@@ -77,24 +77,24 @@ class _NormalisersFunction(torch.autograd.Function):
         features0, features1, mask0, mask1, row_lse, col_lse = ctx.saved_tensors
         recorded = torch.is_grad_enabled()
         held, scratch = [None if recorded else block_memory(features0, features1) for _ in range(2)]
-        grad0, grad1 = [], torch.zeros_like(features1)
+        grad0, grad1 = torch.zeros_like(features0), torch.zeros_like(features1)
         with torch.autocast(features0.device.type, enabled=False):
-            for rows, scores, masked in score_blocks(
+            for rows, columns, scores, masked in score_blocks(
                 features0, features1, ctx.temperature, mask0, mask1, held
             ):
                 slopes = _slopes(
                     scores,
                     row_lse[:, rows, None],
-                    col_lse[:, None],
+                    col_lse[:, None, columns],
                     grad_row[:, rows, None],
-                    grad_col[:, None],
+                    grad_col[:, None, columns],
                     scratch,
                 )
                 if masked is not None:
                     slopes = slopes.masked_fill(masked, 0)
-                grad0.append(slopes @ features1)
-                grad1 = grad1 + slopes.mT @ features0[:, rows]
-        return torch.cat(grad0, 1) / ctx.temperature, grad1 / ctx.temperature, None, None, None
+                grad0[:, rows] += slopes @ features1[:, columns]
+                grad1[:, columns] += slopes.mT @ features0[:, rows]
+        return grad0 / ctx.temperature, grad1 / ctx.temperature, None, None, None
 
 
 _normalisers: Callable[..., tuple[Tensor, Tensor]] = _NormalisersFunction.apply
@@ -145,15 +145,13 @@ def mutual_best(
     score0 = features1.new_full(features1.shape[:2], -torch.inf)
     held = block_memory(features0, features1)
     with torch.autocast(features0.device.type, enabled=False):
-        for rows, scores, _ in score_blocks(features0, features1, temperature, mask0, mask1, held):
+        for rows, columns, scores, _ in score_blocks(features0, features1, temperature, mask0, mask1, held):
             if row_lse is not None and col_lse is not None:
                 # Half of 2 s - r - c, doubled at the end: a pass less over the scores. They are those that the
                 # normalisers were computed from, bit for bit, so that rounding cancels in large ones.
-                scores = scores.sub_(row_lse[:, rows, None] / 2).sub_(col_lse[:, None] / 2)
-            score1[:, rows], best1[:, rows] = first_max(scores, 2)
-            block_score0, block_best0 = first_max(scores, 1)
-            best0 = torch.where(block_score0 > score0, block_best0 + rows.start, best0)
-            score0 = torch.maximum(score0, block_score0)
+                scores = scores.sub_(row_lse[:, rows, None] / 2).sub_(col_lse[:, None, columns] / 2)
+            _keep_better(score1[:, rows], best1[:, rows], *first_max(scores, 2), columns.start)
+            _keep_better(score0[:, columns], best0[:, columns], *first_max(scores, 1), rows.start)
     return best1, best0, score1 if row_lse is None or col_lse is None else 2 * score1
 
 
@@ -182,6 +180,32 @@ def pair_scores(
     return 2 * score - row_lse[batch, cells0] - col_lse[batch, cells1]
 
 
+def add_block(
+    row_lse: Tensor, col_lse: Tensor, block: Block, scratch: Scratch, top: Tensor | None = None
+) -> None:
+    """Add what a block contributes, in place; ``top`` as for ``two_way_logsumexp``."""
+    sums = two_way_logsumexp(block.scores, scratch.view(*block.scores.shape), top)
+    for lse, where, part in ((row_lse, block.rows, sums[0]), (col_lse, block.columns, sums[1])):
+        lse[:, where] = torch.logaddexp(lse[:, where], part)
+
+
+def _keep_better(score: Tensor, best: Tensor, new_score: Tensor, new_best: Tensor, start: int) -> None:
+    """Replace, in place, what a later block improves on; its indices count from ``start``."""
+    best.copy_(torch.where(new_score > score, new_best + start, best))
+    torch.maximum(score, new_score, out=score)
+
+
+class Block(NamedTuple):
+    """A block of the matrix of scores."""
+
+    rows: slice
+    columns: slice
+    scores: Tensor  # (B, R, K)
+    masked: (
+        Tensor | None
+    )  # what broadcasts to (B, R, K), True where either cell is invalid; None without masks
+
+
 def score_blocks(
     features0: Tensor,
     features1: Tensor,
@@ -189,32 +213,38 @@ def score_blocks(
     mask0: Tensor | None,
     mask1: Tensor | None,
     memory: Scratch | None = None,
-) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Rows, their scores (B, R, S), in ``memory`` where no gradient is kept, and what :func:`_masked` says of them."""
-    step = _block_rows(features1)
+) -> Iterator[Block]:
+    """The scores block by block, rows in the outer loop; in ``memory`` where no gradient is kept."""
+    step, width = _block_size(features1)
     for start in range(0, max(1, features0.shape[1]), step):
         rows = slice(start, start + step)
-        masked = _masked(mask0, rows, mask1)
-        own = features0[:, rows]
-        out = None if memory is None else memory.view(*own.shape[:2], features1.shape[1])
-        scores = torch.matmul(own / temperature, features1.mT, out=out)
-        yield rows, scores if masked is None else scores.masked_fill_(masked, MASKED), masked
+        own = features0[:, rows] / temperature
+        for left in range(0, max(1, features1.shape[1]), width):
+            columns = slice(left, left + width)
+            others = features1[:, columns]
+            out = None if memory is None else memory.view(*own.shape[:2], others.shape[1])
+            scores = torch.matmul(own, others.mT, out=out)
+            masked = _masked(mask0, rows, mask1, columns)
+            if masked is not None:
+                scores = scores.masked_fill_(masked, MASKED)
+            yield Block(rows, columns, scores, masked)
 
 
-def _masked(mask0: Tensor | None, rows: slice, mask1: Tensor | None) -> Tensor | None:
-    """What broadcasts to (B, R, S): True where either cell is invalid; None where there is no mask."""
+def _masked(mask0: Tensor | None, rows: slice, mask1: Tensor | None, columns: slice) -> Tensor | None:
     if mask0 is None:
-        return None if mask1 is None else ~mask1[:, None]
+        return None if mask1 is None else ~mask1[:, None, columns]
     invalid0 = ~mask0[:, rows, None]
-    return invalid0 if mask1 is None else invalid0 | ~mask1[:, None]
+    return invalid0 if mask1 is None else invalid0 | ~mask1[:, None, columns]
 
 
-def _block_rows(features1: Tensor) -> int:
-    rows = max(1, BLOCK_ELEMENTS // max(1, features1.shape[0] * features1.shape[1]))
-    return rows if rows < 64 else rows // 64 * 64  # whole groups of first_max
+def _block_size(features1: Tensor) -> tuple[int, int]:
+    """Rows and columns of a block."""
+    columns = min(max(1, features1.shape[1]), BLOCK_COLUMNS)
+    rows = max(1, BLOCK_ELEMENTS // (max(1, features1.shape[0]) * columns))
+    return rows if rows < 64 else rows // 64 * 64, columns  # whole groups of first_max
 
 
 def block_memory(features0: Tensor, features1: Tensor) -> Scratch:
     """For one block of scores."""
-    rows = min(_block_rows(features1), features0.shape[1])
-    return Scratch(features1.shape[0] * rows * features1.shape[1], features0)
+    rows, columns = _block_size(features1)
+    return Scratch(features1.shape[0] * min(rows, features0.shape[1]) * columns, features0)
