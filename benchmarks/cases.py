@@ -153,8 +153,8 @@ CPU = (
     PairCase("pair", (1024, 1024), (*_CPU_OURS, *_PEERS), 1, warm=False),
     PairCase("many", (480, 640), ("eloftr_ops small fp32",), 3),
     PairCase("many", (480, 640), ("eloftr_ops full fp32",), 2, warm=False),
-    PairCase("batch", (480, 640), ("eloftr_ops small fp32",), 3, batch=4),
-    PairCase("batch", (480, 640), ("eloftr_ops full fp32",), 2, batch=4, warm=False),
+    PairCase("batch", (480, 640), ("eloftr_ops small fp32",), 5, batch=4),
+    PairCase("batch", (480, 640), ("eloftr_ops full fp32",), 4, batch=4, warm=False),
     *(PairCase("curve", (side, side), ("eloftr_ops full fp32",), 2) for side in (320, 480, 640)),
     PairCase("curve", (1024, 1024), ("eloftr_ops full fp32",), 2, warm=False),
     *(
