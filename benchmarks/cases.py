@@ -174,5 +174,6 @@ QUICK_CPU = (
     PairCase("many", _TINY, ("eloftr_ops small fp32",), 1),
     PairCase("batch", _TINY, ("eloftr_ops small fp32",), 1, batch=2),
     PairCase("curve", _TINY, ("eloftr_ops small fp32",), 1),
+    PairCase("convolution", (16, 16), (), 1, channels=96),
     PairCase("training", _TINY, ("eloftr_ops small fp32",), 1, batch=1),
 )
