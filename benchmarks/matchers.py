@@ -44,9 +44,9 @@ _OWNERS = {
 class Matcher(NamedTuple):
     """A loaded matcher."""
 
-    match: Callable[[Tensor, Tensor], dict[str, Tensor]]  # (B, 1, H, W) twice, in the matcher's dtype
+    match: Callable[[Tensor, Tensor], dict[str, Tensor]]  # (B, 1, H, W) twice, in this dtype
     coarse: Callable[[Tensor, Tensor], Tensor] | None  # features of image 0 after the transformer
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the images
     model: Any
 
 
@@ -100,7 +100,7 @@ def gate(
         return None
     pair = images(min(size, GATE_SIZE), 1, context.device, alike=alike)
     own_pair = [x.to(matcher.dtype) for x in pair]
-    dtype = next(key for key, value in DTYPES.items() if value == matcher.dtype)
+    dtype = spec.dtype or context.dtype
     with torch.inference_mode():
         plain = plain_model(spec.preset).to(context.device)
         truth = plain.match_maps(*plain.pair_features({"image0": pair[0], "image1": pair[1]})).coarse0
@@ -236,7 +236,9 @@ def _ours(spec: MatcherSpec, context: Context) -> Matcher:
         maps = model.match_maps(*model.pair_features({"image0": a, "image1": b}))
         return maps.coarse0  # type: ignore[no-any-return]
 
-    return Matcher(lambda a, b: model({"image0": a, "image1": b}), coarse, dtype, model)
+    # As users have them, in float32 where the first stage is.
+    image_dtype = next(model.parameters()).dtype
+    return Matcher(lambda a, b: model({"image0": a, "image1": b}), coarse, image_dtype, model)
 
 
 def _graph_dense_part(model: Any) -> None:

@@ -16,6 +16,7 @@ from eloftr_ops.types import Features
 from eloftr_ops.winograd import use_winograd
 
 _REMEDY = "Use the matcher that it was made from."
+FLOAT_STAGES = 2  # of the backbone, with bfloat16 behind them
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -28,7 +29,8 @@ class InferenceMatcher(EfficientLoFTR):
     to train and to save.
 
     With bfloat16 the transformer and the scores stay in float32: its 8 bits are too few for what decides which cells
-    match, and cost more matches than all the convolutions together.
+    match, and cost more matches than all the convolutions together. So do the backbone's stages before the map at half
+    resolution: they are a small part of it, and most of what its rounding costs.
 
     Convention:
         As :class:`EfficientLoFTR`; images may come in any floating dtype.
@@ -38,7 +40,7 @@ class InferenceMatcher(EfficientLoFTR):
 
     Args:
         matcher: where the weights come from.
-        dtype: of backbone and pyramid, and of the transformer where it is not bfloat16; None keeps the matcher's.
+        dtype: of all weights and maps, but see above for bfloat16; None keeps the matcher's.
         compiled: compile the dense parts, once per image size: True for TorchInductor (on a CPU it needs a C++
             compiler, and tens of seconds), or the name of another ``torch.compile`` backend.
 
@@ -58,18 +60,25 @@ class InferenceMatcher(EfficientLoFTR):
         self.pyramid.fuse()
         self.requires_grad_(False).eval()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if dtype is not None:
-            self.to(dtype)
         if dtype is torch.bfloat16:
-            self.transformer.float()
+            self._round_wide_convolutions()
+        elif dtype is not None:
+            self.to(dtype)
         if next(self.parameters()).device.type == "cpu":
             keep_small_blocks()
-            if self._dtype is torch.float32 and not compiled:
+            if dtype in (None, torch.float32) and self._dtype is torch.float32 and not compiled:
                 use_winograd(self)
         if compiled:
             backend = "inductor" if compiled is True else compiled
             for owner, name in ((self.backbone, "forward"), (self, "match_maps"), (self, "fine_maps")):
                 setattr(owner, name, torch.compile(getattr(owner, name), backend=backend, dynamic=False))
+
+    def _round_wide_convolutions(self) -> None:
+        """To bfloat16 what :class:`InferenceMatcher` says; what stays in float32 must not pass through it."""
+        self.float()
+        for part in (*self.backbone.stages[FLOAT_STAGES:], self.pyramid):
+            part.bfloat16()
+        self.backbone.stages[FLOAT_STAGES - 1].append(_To(torch.bfloat16))  # type: ignore[operator]
 
     @torch.no_grad()
     def forward(self, data: Mapping[str, Any], *, mode: GradientMode | None = None) -> dict[str, Tensor]:
@@ -136,6 +145,17 @@ class InferenceMatcher(EfficientLoFTR):
             RuntimeError: always: the folded weights have no file layout.
         """
         raise RuntimeError(f"A matcher optimized for inference cannot be saved. {_REMEDY}")
+
+
+class _To(nn.Module):
+    """Conversion to a dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
 
 
 def _refuse_gradient(name: str, value: Any) -> None:

@@ -76,9 +76,26 @@ def test_bfloat16_keeps_nearly_all_matches_within_half_a_cell() -> None:
     assert got["keypoints0"].dtype == torch.float32
     near = torch.cdist(got["keypoints0"], expected["keypoints0"], p=torch.inf) <= 4
     near &= torch.cdist(got["keypoints1"], expected["keypoints1"], p=torch.inf) <= 4
-    # bfloat16 has no bound on decisions at the threshold or between near equals. 98.9 % are shared here; with the
-    # transformer in bfloat16 as well it was 92 %, and that is what must not come back.
-    assert min(near.any(0).float().mean(), near.any(1).float().mean()) > 0.96
+    # bfloat16 has no bound on decisions at the threshold or between near equals. 99.2 % are shared here; with the
+    # weights of the transformer rounded as well it was 98.3 %, with all of it in bfloat16 92 %: that must not come back.
+    assert min(near.any(0).float().mean(), near.any(1).float().mean()) > 0.985
+
+
+def test_bfloat16_rounds_the_wide_convolutions_alone() -> None:
+    """What decides which cells match has the weights of the float32 copy, to the bit."""
+    plain = tiny_model()
+    exact = plain.optimize_for_inference().state_dict()
+    half = plain.optimize_for_inference(dtype=torch.bfloat16).state_dict()
+    assert half.keys() == exact.keys()
+    kept = ("transformer.", "backbone.stages.0.", "backbone.stages.1.")
+    for name, tensor in half.items():
+        if name.startswith(kept):
+            assert torch.equal(tensor, exact[name]), name
+        else:
+            assert torch.equal(tensor, exact[name].bfloat16()), name
+    image = random_images(1, 64, 96)
+    features = plain.optimize_for_inference(dtype=torch.bfloat16).extract_features(image)
+    assert {x.dtype for x in features.values()} == {torch.bfloat16}
 
 
 def test_features_kept_of_each_image_give_the_same_matches() -> None:
