@@ -76,8 +76,8 @@ def test_bfloat16_keeps_nearly_all_matches_within_half_a_cell() -> None:
     assert got["keypoints0"].dtype == torch.float32
     near = torch.cdist(got["keypoints0"], expected["keypoints0"], p=torch.inf) <= 4
     near &= torch.cdist(got["keypoints1"], expected["keypoints1"], p=torch.inf) <= 4
-    # bfloat16 has no bound on decisions at the threshold or between near equals. 99.2 % are shared here; with the
-    # weights of the transformer rounded as well it was 98.3 %, with all of it in bfloat16 92 %: that must not come back.
+    # bfloat16 has no bound on decisions at the threshold or between near equals. 99.2 % are shared here; with rounded
+    # weights of the transformer it was 98.3 %, with all of it in bfloat16 92 %: that must not come back.
     assert min(near.any(0).float().mean(), near.any(1).float().mean()) > 0.985
 
 
