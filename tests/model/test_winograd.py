@@ -29,6 +29,14 @@ def relative_error(got: Tensor, x: Tensor, conv: nn.Conv2d) -> float:
     return float((got - exact).norm() / exact.norm())
 
 
+def by_winograd(fast: WinogradConv3x3, x: Tensor) -> Tensor:
+    """The result, and proof of where it comes from: with a graph to record it would be the convolution's."""
+    with torch.no_grad(), spy(WinogradConv3x3, "_of_tiles") as calls:
+        y = fast(x)
+    assert calls["_of_tiles"] > 0
+    return y
+
+
 def test_transforms_correlate() -> None:
     """Every pair of unit vectors, so by linearity every input and kernel."""
     a, g, b = transforms()
@@ -44,7 +52,7 @@ def test_is_the_convolution(size: tuple[int, int], bias: bool) -> None:
     """Sizes that tiles fit and others; the tiles of one strip, and of several."""
     conv = convolution(96, 128, bias=bias)
     x = torch.randn(2, 96, *size).relu().to(memory_format=torch.channels_last)
-    got = WinogradConv3x3(conv)(x)
+    got = by_winograd(WinogradConv3x3(conv), x)
     assert got.is_contiguous(memory_format=torch.channels_last)
     # 64 channels are summed at a time, in an order of the library's own: sqrt(64) roundings, and the transforms grow
     # rounding by less than three.
@@ -56,7 +64,7 @@ def test_rounding_is_that_of_the_convolution() -> None:
     x = torch.randn(1, 256, 24, 32).relu().to(memory_format=torch.channels_last)
     conv.to(memory_format=torch.channels_last)
     by_convolution = relative_error(conv(x), x, conv)
-    assert relative_error(WinogradConv3x3(conv)(x), x, conv) < 5 * max(by_convolution, EPS)
+    assert relative_error(by_winograd(WinogradConv3x3(conv), x), x, conv) < 5 * max(by_convolution, EPS)
 
 
 def test_other_layouts_and_empty_batches() -> None:
@@ -65,29 +73,30 @@ def test_other_layouts_and_empty_batches() -> None:
     x = torch.randn(1, 96, 24, 24)
     wide = torch.randn(1, 96, 24, 48)[..., ::2]
     for given in (x, wide):
-        torch.testing.assert_close(fast(given), conv(given), rtol=0, atol=1e-5)
-    assert fast(x[:0]).shape == (0, 96, 24, 24)
+        torch.testing.assert_close(by_winograd(fast, given), conv(given), rtol=0, atol=1e-5)
+    with torch.no_grad():
+        assert fast(x[:0]).shape == (0, 96, 24, 24)
 
 
 def test_where_it_does_not_pay_the_convolution_runs() -> None:
     conv = convolution()
     fast = WinogradConv3x3(conv)
 
-    def by_winograd(x: Tensor) -> bool:
+    def takes_it(x: Tensor) -> bool:
         with spy(WinogradConv3x3, "_of_tiles") as calls:
             fast(x)
         return calls["_of_tiles"] > 0
 
     x = torch.randn(1, 96, 24, 24)
     with torch.no_grad():
-        assert by_winograd(x)
-        assert not by_winograd(x[..., :8, :8])
+        assert takes_it(x)
+        assert not takes_it(x[..., :8, :8])
         with torch.autocast("cpu", torch.bfloat16):
-            assert not by_winograd(x)
-    assert not by_winograd(x)  # a graph may be recorded
+            assert not takes_it(x)
+    assert not takes_it(x)  # a graph may be recorded
     with torch.no_grad():
         fast.double()
-        assert not by_winograd(x.double())
+        assert not takes_it(x.double())
 
 
 def test_which_convolutions_it_stands_in_for() -> None:

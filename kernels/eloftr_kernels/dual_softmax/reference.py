@@ -201,9 +201,7 @@ class Block(NamedTuple):
     rows: slice
     columns: slice
     scores: Tensor  # (B, R, K)
-    masked: (
-        Tensor | None
-    )  # what broadcasts to (B, R, K), True where either cell is invalid; None without masks
+    masked: Tensor | None  # broadcasts to (B, R, K), True where either cell is invalid; None without masks
 
 
 def score_blocks(
