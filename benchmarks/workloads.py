@@ -191,8 +191,8 @@ def _convolution(case: PairCase, context: Context) -> list[Contender]:
     x = x.to(context.device, memory_format=torch.channels_last)
 
     def build(name: str, gated: bool) -> Run:
-        from eloftr_ops.allocator import keep_small_blocks
-        from eloftr_ops.winograd import WinogradConv3x3
+        from eloftr_ops.inference.cpu.allocator import keep_small_blocks
+        from eloftr_ops.inference.cpu.winograd import WinogradConv3x3
 
         keep_small_blocks()  # as a matcher that is optimized for inference does
         function = conv if name == "direct" else WinogradConv3x3(conv)
@@ -216,8 +216,8 @@ def _training(case: PairCase, context: Context) -> list[Contender]:
 
     def build(name: str, gated: bool) -> Run:
         from eloftr_ops import EfficientLoFTR
-        from eloftr_ops.allocator import keep_all_memory
         from eloftr_ops.data.synthetic import HomographyBatch
+        from eloftr_ops.inference.cpu.allocator import keep_all_memory
         from eloftr_ops.training.batches import batch_of_rendered
         from eloftr_ops.training.objective import batch_losses
 

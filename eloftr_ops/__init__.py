@@ -3,7 +3,7 @@
 
 from eloftr_ops._version import __version__
 from eloftr_ops.config import EfficientLoFTRConfig
-from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.types import Matches
 
 __all__ = ["EfficientLoFTR", "EfficientLoFTRConfig", "Matches", "__version__"]

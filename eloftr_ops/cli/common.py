@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from eloftr_ops.io import FileError
-from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.model.matcher import EfficientLoFTR
 
 Weights = Annotated[
     str, typer.Option(help="'small' (embedded), a file, a folder or a Hugging Face repository.")

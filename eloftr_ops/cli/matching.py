@@ -31,7 +31,7 @@ from eloftr_ops.cli.common import (
     reported_mistakes,
 )
 from eloftr_ops.io import MATCH_SUFFIXES, FileError, LoadedImage, check_output, read_image, write_matches
-from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.visualization import PICTURE_SUFFIXES, draw_matches
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from eloftr_ops.allocator import keep_all_memory
 from eloftr_ops.cli.common import Threads, UsageError, reported_mistakes
+from eloftr_ops.inference.cpu.allocator import keep_all_memory
 
 if TYPE_CHECKING:  # heavy, and of no use to the other commands
     from eloftr_ops.training.config import TrainingConfig

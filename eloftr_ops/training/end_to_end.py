@@ -17,7 +17,7 @@ from torch import Tensor
 from eloftr_ops.config import GradientMode
 from eloftr_ops.geometry import homography_from_matches, relative_pose_from_matches
 from eloftr_ops.losses import corner_error_loss, pose_loss
-from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.types import Matches
 
 

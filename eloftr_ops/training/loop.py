@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 
 from eloftr_ops.config import EfficientLoFTRConfig
-from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.training.batches import TrainingBatch
 from eloftr_ops.training.budget import Budget
 from eloftr_ops.training.checkpoints import load_checkpoint, save_checkpoint

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from eloftr_ops.coarse import select_matches
 from eloftr_ops.losses.matching import coarse_focal_loss, window_losses
-from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.model.coarse import select_matches
+from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.training.batches import DEPTH, HOMOGRAPHY, POSE, TrainingBatch
 from eloftr_ops.training.config import LossConfig
 from eloftr_ops.training.end_to_end import homography_objective_of_matches, pose_objective_of_matches

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.training.config import OptimizerConfig
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]

@@ -15,7 +15,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.training.batches import TrainingBatch
 from eloftr_ops.training.config import TrainingConfig
 from eloftr_ops.training.objective import (

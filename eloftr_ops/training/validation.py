@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from kornia.geometry import transform_points
 
-from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.training.batches import TrainingBatch
 from eloftr_ops.training.optimization import evaluation_mode
 from eloftr_ops.types import Matches

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from eloftr_ops._version import __version__
-from eloftr_ops.backbone import STAGE_STRIDES
 from eloftr_ops.config import EfficientLoFTRConfig
-from eloftr_ops.transformer import AGGREGATION
+from eloftr_ops.model.backbone import STAGE_STRIDES
+from eloftr_ops.model.transformer import AGGREGATION
 from eloftr_ops.weights.files import parse_json
 from eloftr_ops.weights.names import Layout
 

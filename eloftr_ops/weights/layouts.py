@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eloftr_ops.config import EfficientLoFTRConfig
-from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.weights.files import COUNTER
 from eloftr_ops.weights.names import Layout, from_layout, to_layout
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode, ScoreKind
-from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.weights.configs import read_folder_config, read_metadata
 from eloftr_ops.weights.files import (
     CHECKPOINT_SUFFIXES,

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from eloftr_ops.matcher import EfficientLoFTR
+from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.weights.configs import CHECKPOINT, SAFETENSORS, folder_config, metadata_for
 from eloftr_ops.weights.files import COUNTER, FLOAT_DTYPES, write_file, write_folder
 from eloftr_ops.weights.layouts import AUTHORS_PREFIX

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def accumulation_dtype(x: Tensor) -> Tensor:
+def upcast_for_accumulation(x: Tensor) -> Tensor:
     """``x`` in the dtype that sums of its products are kept in: float64 as it is, all others float32."""
     return x if x.dtype == torch.float64 else x.float()
 

@@ -99,7 +99,7 @@ def why_not_triton(tensors: Mapping[str, Tensor | None], head_size: int | None =
     return None
 
 
-def works_in_pieces(x: Tensor) -> bool:
+def is_cpu_inference(x: Tensor) -> bool:
     """Whether work on ``x`` is better done piece by piece: on a CPU, with no graph to record and none to trace.
 
     What a piece needs stays in the caches, and in memory that the allocator keeps: it gives large tensors back to the

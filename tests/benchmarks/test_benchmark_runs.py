@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import cases, engine, matchers, measure, operators, problems, record, run, workloads
 from benchmarks.matchers import Context
 from benchmarks.measure import Contender, Disagreement, Elapsed, Unavailable
-from eloftr_ops import EfficientLoFTRConfig, matcher, winograd
+from eloftr_ops import EfficientLoFTRConfig
+from eloftr_ops.inference.cpu import winograd
+from eloftr_ops.model import matcher
 from support.models import random_images, tiny_model
 
 CPU = torch.device("cpu")
@@ -223,7 +225,7 @@ def test_graphs_of_the_dense_part_see_new_images(monkeypatch: pytest.MonkeyPatch
         return replay
 
     monkeypatch.setattr(matchers, "graphed", replaying)
-    monkeypatch.setattr(matcher, "works_in_pieces", lambda x: False)  # both images at once, as on a GPU
+    monkeypatch.setattr(matcher, "is_cpu_inference", lambda x: False)  # both images at once, as on a GPU
     plain = tiny_model().fuse()
     replayed = tiny_model().fuse()
     matchers._graph_dense_part(replayed)

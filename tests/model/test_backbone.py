@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from eloftr_ops.backbone import ConvBatchNorm
+from eloftr_ops.model.backbone import ConvBatchNorm
 
 TRAINING_STEP = """
 import torch

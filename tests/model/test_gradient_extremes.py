@@ -66,7 +66,7 @@ def test_exact_ties_between_cells_and_between_pixels() -> None:
         f._replace(half=torch.ones_like(f.half), quarter=torch.ones_like(f.quarter))
         for f in (features0, features1)
     ]
-    from eloftr_ops.coarse import match_cells
+    from eloftr_ops.model.coarse import match_cells
 
     scores, best = match_cells(*flat, None, None, model.config)
     tied = maps._replace(coarse0=flat[0], coarse1=flat[1], scores=scores, best=best)

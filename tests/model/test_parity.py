@@ -7,8 +7,8 @@ import torch
 
 from eloftr_kernels.window_match import window_match, windows
 from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig
-from eloftr_ops.coarse import pair_confidence
-from eloftr_ops.matcher import PairMaps
+from eloftr_ops.model.coarse import pair_confidence
+from eloftr_ops.model.matcher import PairMaps
 from support.golden import golden_model, image, reference
 
 FEATURE_ERROR = 1e-4  # relative, float32

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eloftr_kernels.arithmetic import accumulation_dtype
-from eloftr_kernels.dispatch import works_in_pieces
+from eloftr_kernels.arithmetic import upcast_for_accumulation
+from eloftr_kernels.dispatch import is_cpu_inference
 
 AGGREGATION = 4  # cells per side of an aggregated token
 
@@ -73,7 +73,7 @@ def token_mask(mask: Tensor) -> Tensor:
 
 def rotate_pairs(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate channel pairs (2c, 2c+1) of (B, N, C) by the angles whose (cos, sin) are ``rotary`` (2, N, C/2)."""
-    if works_in_pieces(x) and x.dtype in (torch.float32, torch.float64):  # one pass instead of seven
+    if is_cpu_inference(x) and x.dtype in (torch.float32, torch.float64):  # one pass instead of seven
         turns = torch.complex(*rotary.to(x.dtype))
         return torch.view_as_real(
             torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2))) * turns
@@ -86,7 +86,9 @@ def rotate_pairs(x: Tensor, rotary: Tensor) -> Tensor:
 def _aggregate(x: Tensor, weight: Tensor) -> Tensor:
     """Depthwise convolution of each 4x4 block, in float32: its backward in bfloat16 takes a CPU ten times as long."""
     with torch.autocast(x.device.type, enabled=False):
-        y = F.conv2d(accumulation_dtype(x), accumulation_dtype(weight), stride=AGGREGATION, groups=x.shape[1])
+        y = F.conv2d(
+            upcast_for_accumulation(x), upcast_for_accumulation(weight), stride=AGGREGATION, groups=x.shape[1]
+        )
         return y.to(x.dtype)
 
 

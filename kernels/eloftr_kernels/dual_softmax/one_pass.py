@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eloftr_kernels.arithmetic import accumulation_dtype
+from eloftr_kernels.arithmetic import upcast_for_accumulation
 from eloftr_kernels.dual_softmax.reference import (
     MASKED,
     Block,
@@ -69,7 +69,7 @@ def dual_softmax_best(
         ``row_lse`` (B, L), ``col_lse`` (B, S), ``best1`` (B, L), ``best0`` (B, S), ``score1`` (B, L). A cell with no
         pair above the threshold has partner 0 and score -inf, or a pair that is no better than the threshold.
     """
-    features0, features1 = accumulation_dtype(features0), accumulation_dtype(features1)
+    features0, features1 = upcast_for_accumulation(features0), upcast_for_accumulation(features1)
     row_lse = features0.new_full(features0.shape[:2], -torch.inf)
     col_lse = features1.new_full(features1.shape[:2], -torch.inf)
     held, scratch = block_memory(features0, features1), block_memory(features0, features1)

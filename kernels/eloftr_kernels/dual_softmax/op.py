@@ -13,10 +13,10 @@ from eloftr_kernels.dispatch import (
     check_dtype,
     check_indices,
     check_shape,
+    is_cpu_inference,
     on_device_of,
     use_triton,
     why_not_triton,
-    works_in_pieces,
 )
 from eloftr_kernels.dual_softmax import one_pass, reference
 
@@ -144,7 +144,7 @@ def dual_softmax_best(
     """
     _check(features0, features1, temperature, mask0, mask1)
     if (
-        works_in_pieces(features0)
+        is_cpu_inference(features0)
         and threshold > 0
         and 0 not in (features0.shape[1], features1.shape[1])
         and not use_triton("dual_softmax_best", why_not(features0, features1, mask0, mask1))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eloftr_kernels.arithmetic import Scratch, accumulation_dtype, first_max, two_way_logsumexp
+from eloftr_kernels.arithmetic import Scratch, first_max, two_way_logsumexp, upcast_for_accumulation
 
 BLOCK_ELEMENTS = 1 << 22  # scores held at once: 16 MB in float32
 BLOCK_COLUMNS = 1 << 13  # more of them leave a block too few rows for what a product reads
@@ -36,7 +36,7 @@ def dual_softmax_lse(
     Returns:
         ``row_lse`` (B, L) and ``col_lse`` (B, S). Masked rows and columns hold about -1e9.
     """
-    features0, features1 = accumulation_dtype(features0), accumulation_dtype(features1)
+    features0, features1 = upcast_for_accumulation(features0), upcast_for_accumulation(features1)
     return _normalisers(features0, features1, temperature, mask0, mask1)
 
 
@@ -135,7 +135,7 @@ def mutual_best(
     Returns:
         ``best1`` (B, L) int64, ``best0`` (B, S) int64, and the score (B, L) of each ``best1``.
     """
-    features0, features1 = accumulation_dtype(features0), accumulation_dtype(features1)
+    features0, features1 = upcast_for_accumulation(features0), upcast_for_accumulation(features1)
     if 0 in (features0.shape[1], features1.shape[1]):
         best = [torch.zeros(f.shape[:2], dtype=torch.int64, device=f.device) for f in (features0, features1)]
         return best[0], best[1], features0.new_full(features0.shape[:2], -torch.inf)
@@ -172,8 +172,8 @@ def pair_scores(
     Returns:
         (M,) float32, or float64 for float64 input.
     """
-    a = accumulation_dtype(features0[batch, cells0])
-    b = accumulation_dtype(features1[batch, cells1])
+    a = upcast_for_accumulation(features0[batch, cells0])
+    b = upcast_for_accumulation(features1[batch, cells1])
     score = (a * b).sum(-1) / temperature
     if row_lse is None or col_lse is None:
         return score

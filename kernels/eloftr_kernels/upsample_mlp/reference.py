@@ -69,7 +69,7 @@ def upsample_mlp(
         contracted = F.linear(F.leaky_relu(hidden, LEAKY_SLOPE, inplace=True), contract_weight)
         return F.layer_norm(contracted, (channels,), norm_weight, norm_bias)
 
-    if dispatch.works_in_pieces(x):
+    if dispatch.is_cpu_inference(x):
         y = x.new_empty((batch, height, width, channels))
         for rows, tokens_near in _row_pieces(height, 2 * batch * channels * width):
             torch.add(tokens[:, rows], update(rows, tokens_near), out=y[:, rows])

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from eloftr_kernels.arithmetic import Scratch, accumulation_dtype, first_max, two_way_logsumexp
-from eloftr_kernels.dispatch import works_in_pieces
+from eloftr_kernels.arithmetic import Scratch, first_max, two_way_logsumexp, upcast_for_accumulation
+from eloftr_kernels.dispatch import is_cpu_inference
 
 # Matches whose windows and scores are held at once: on a CPU what its caches hold (6 MB of scores), elsewhere 0.2 GB.
 CHUNK_CPU, CHUNK = 256, 1024
@@ -76,8 +76,10 @@ def window_match(
     chunk = CHUNK_CPU if map0.device.type == "cpu" else CHUNK
     if len(batch) <= chunk:
         return match(map0, map1, batch, cells0, cells1)
-    if works_in_pieces(map0):
-        match = partial(match, memory=[Scratch(chunk * _SCORES, accumulation_dtype(map0[:0])) for _ in "ab"])
+    if is_cpu_inference(map0):
+        match = partial(
+            match, memory=[Scratch(chunk * _SCORES, upcast_for_accumulation(map0[:0])) for _ in "ab"]
+        )
     parts = [
         _recomputed(match, map0, map1, *(index[start : start + chunk] for index in (batch, cells0, cells1)))
         for start in range(0, len(batch), chunk)
@@ -155,7 +157,7 @@ def windows(fine_map: Tensor, batch: Tensor, cells: Tensor, ring: int, order: Te
     if not ring:
         return w
     inside_y, inside_x = _inside(rows, height, side, ring), _inside(columns, width, side, ring)
-    if works_in_pieces(fine_map) and bool(inside_y.all() & inside_x.all()):
+    if is_cpu_inference(fine_map) and bool(inside_y.all() & inside_x.all()):
         return w
     return w * (inside_y[:, :, None] & inside_x[:, None]).flatten(1)[:, pixels, None]
 
@@ -187,7 +189,7 @@ def _half_log_joint(
     shape = (*coarse0.shape[:2], coarse1.shape[1])
     held, scratch = (None, None) if memory is None else (part.view(*shape) for part in memory)
     with torch.autocast(coarse0.device.type, enabled=False):
-        coarse0, coarse1 = accumulation_dtype(coarse0), accumulation_dtype(coarse1) / channels
+        coarse0, coarse1 = upcast_for_accumulation(coarse0), upcast_for_accumulation(coarse1) / channels
         scores = torch.matmul(coarse0, coarse1.mT, out=held)
         bound = math.inf if memory is None else float(_longest(coarse0) * _longest(coarse1))
         over1, over0 = two_way_logsumexp(scores, scratch, bound=bound)
@@ -247,8 +249,8 @@ def subpixel_scores(
     if match is None:
         match = torch.arange(len(index0), device=sub0.device)
     with torch.autocast(sub0.device.type, enabled=False):
-        query = accumulation_dtype(sub0[match, index0])
-        keys = accumulation_dtype(sub1[match[:, None], neighbours])
+        query = upcast_for_accumulation(sub0[match, index0])
+        keys = upcast_for_accumulation(sub1[match[:, None], neighbours])
         scores: Tensor = (keys @ query[:, :, None])[..., 0] / (query.shape[-1] ** 0.5 * temperature)
         return scores
 

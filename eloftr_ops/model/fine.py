@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from eloftr_kernels import WindowMatches
 from eloftr_kernels.window_match import WINDOW
-from eloftr_ops.backbone import fold_batch_norm
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode
-from eloftr_ops.pieces import by_pieces, plan, read_by
+from eloftr_ops.inference.cpu.tiling import by_pieces, plan, read_by
+from eloftr_ops.model.backbone import fold_batch_norm
 from eloftr_ops.types import CoarseMatches, CoarseScores
 
 _HALO = 4  # positions that a cut spoils: one of the upsampling, one of each 3x3 convolution; even, for the coarser map

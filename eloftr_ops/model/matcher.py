@@ -14,17 +14,17 @@ from kornia.feature import LoFTR
 from torch import Tensor, nn
 
 from eloftr_kernels import window_match
-from eloftr_kernels.dispatch import works_in_pieces
-from eloftr_ops.backbone import RepVGG
+from eloftr_kernels.dispatch import is_cpu_inference
 from eloftr_ops.checks import check_features, check_image, check_mask, check_pair, check_same_batch
-from eloftr_ops.coarse import match_cells, score_cells, select_matches
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode, ScoreKind
-from eloftr_ops.fine import FeaturePyramid, positions
-from eloftr_ops.transformer import CoarseTransformer
+from eloftr_ops.model.backbone import RepVGG
+from eloftr_ops.model.coarse import match_cells, score_cells, select_matches
+from eloftr_ops.model.fine import FeaturePyramid, positions
+from eloftr_ops.model.transformer import CoarseTransformer
 from eloftr_ops.types import BestCells, CoarseMatches, CoarseScores, Features, Matches
 
 if TYPE_CHECKING:
-    from eloftr_ops.inference import InferenceMatcher
+    from eloftr_ops.inference.optimized import InferenceMatcher
     from eloftr_ops.weights.names import Layout
 
 SIZE_MULTIPLE = 32  # of the padded image: 4x4 aggregation of cells of 8x8 pixels
@@ -76,7 +76,7 @@ class EfficientLoFTR(LoFTR):
 
     Gradient:
         ``confidence`` carries gradient to both images in every mode. ``keypoints0`` and ``keypoints1``: see
-        :func:`eloftr_ops.fine.positions` and ``docs/differentiability.md``.
+        :func:`eloftr_ops.model.fine.positions` and ``docs/differentiability.md``.
 
     It is a ``kornia.feature.LoFTR`` by contract, not by code: kornia's stitcher and tracker ask for that class, and
     nothing of its constructor or its layers is used.
@@ -112,7 +112,7 @@ class EfficientLoFTR(LoFTR):
         mode = self.config.replace(gradient_mode=mode or self.config.gradient_mode).gradient_mode
         side0, side1 = self._sides(data)
         batch = len(side0[0])
-        if batch > 1 and works_in_pieces(side0[0]):
+        if batch > 1 and is_cpu_inference(side0[0]):
             pairs = [self._match(_sample(side0, i), _sample(side1, i), mode) for i in range(batch)]
             return _joined(pairs)._asdict()
         return self._match(side0, side1, mode)._asdict()
@@ -215,7 +215,7 @@ class EfficientLoFTR(LoFTR):
         dtype: torch.dtype | None = None,
         compile: bool | str = False,  # noqa: A002 - torch's word for it
     ) -> InferenceMatcher:
-        """A copy that only matches, as fast as it can: see :class:`eloftr_ops.inference.InferenceMatcher`.
+        """A copy that only matches, as fast as it can: see :class:`eloftr_ops.inference.optimized.InferenceMatcher`.
 
         The copy gives no gradients and says so; this matcher stays as it is.
 
@@ -223,7 +223,7 @@ class EfficientLoFTR(LoFTR):
             dtype: of the copy's weights and maps, for instance ``torch.bfloat16``; default: as they are.
             compile: run the dense parts through ``torch.compile``; True, or a backend's name.
         """
-        from eloftr_ops.inference import InferenceMatcher
+        from eloftr_ops.inference.optimized import InferenceMatcher
 
         return InferenceMatcher(self, dtype=dtype, compiled=compile)
 
@@ -293,7 +293,7 @@ class EfficientLoFTR(LoFTR):
             and side0.pixels.shape == side1.pixels.shape
             and side0.mask is None
             and side1.mask is None
-            and not works_in_pieces(side0.pixels)
+            and not is_cpu_inference(side0.pixels)
         ):
             return self._extract(torch.cat([side0.pixels, side1.pixels]), None).split()
         features0, features1 = (
@@ -333,7 +333,7 @@ class EfficientLoFTR(LoFTR):
 
 def _matched_cells(matches: CoarseMatches, maps: PairMaps) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """(B, h, w) bool for each image, or nothing where the fine maps are computed as a whole."""
-    if not works_in_pieces(maps.coarse0):
+    if not is_cpu_inference(maps.coarse0):
         return None, None
     batch, grids = len(maps.coarse0), maps.grids
     matched = [torch.zeros(batch, *grid, dtype=torch.bool) for grid in grids]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eloftr_ops import winograd
-from eloftr_ops.winograd import WinogradConv3x3, pays, transforms, use_winograd
+from eloftr_ops.inference.cpu import winograd
+from eloftr_ops.inference.cpu.winograd import WinogradConv3x3, pays, transforms, use_winograd
 from support.golden import golden_model
 from support.models import random_images, tiny_model
 from support.ops import spy

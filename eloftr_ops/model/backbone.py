@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eloftr_ops.config import EfficientLoFTRConfig
-from eloftr_ops.pieces import by_pieces, plan
+from eloftr_ops.inference.cpu.tiling import by_pieces, plan
 
 STAGE_STRIDES = (2, 1, 2, 2)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from eloftr_kernels import aggregated_attention, upsample_mlp
 from eloftr_kernels.aggregated_attention.reference import AGGREGATION as AGGREGATION
-from eloftr_kernels.dispatch import works_in_pieces
+from eloftr_kernels.dispatch import is_cpu_inference
 from eloftr_ops.config import EfficientLoFTRConfig
 
 
@@ -87,7 +87,7 @@ class TransformerLayer(nn.Module):
         mask1: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """(B, C, h0, w0), (B, C, h1, w1) -> the same shapes."""
-        if x0.shape == x1.shape and mask0 is None and mask1 is None and not works_in_pieces(x0):
+        if x0.shape == x1.shape and mask0 is None and mask1 is None and not is_cpu_inference(x0):
             both = torch.cat([x0, x1])
             x0, x1 = self.self_attention(both, both, rotary0).chunk(2)
         else:

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eloftr_ops import pieces
-from eloftr_ops.pieces import Piece
+from eloftr_ops.inference.cpu import tiling as pieces
+from eloftr_ops.inference.cpu.tiling import Piece
 from support.models import random_images, tiny_model
 
 MODEL = tiny_model().double()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eloftr_kernels.dispatch import works_in_pieces
+from eloftr_kernels.dispatch import is_cpu_inference
 
 OUTPUTS = 4  # positions per side of a tile of the result
 INPUTS = OUTPUTS + 2  # that they are computed from
@@ -69,7 +69,7 @@ class WinogradConv3x3(nn.Module):
         height, width = x.shape[-2:]
         rows, columns = -(-height // OUTPUTS), -(-width // OUTPUTS)
         if (
-            not works_in_pieces(x)
+            not is_cpu_inference(x)
             or not x.dtype == self.weight.dtype == torch.float32
             or torch.is_autocast_enabled("cpu")
             or rows * columns < LEAST_TILES

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eloftr_kernels.dispatch import works_in_pieces
+from eloftr_kernels.dispatch import is_cpu_inference
 
 BAND_BYTES = 24 << 20  # of the widest map within a band: below what the allocator keeps, few cuts
 TILES = (32, 16)  # positions per side of a tile: few calls, or little that nobody wants
@@ -42,7 +42,7 @@ def plan(
 ) -> list[Piece]:
     """Which pieces to compute a map in: bands of rows, or tiles where something is wanted if these are less work.
 
-    All of it at once where :func:`eloftr_kernels.dispatch.works_in_pieces` says no.
+    All of it at once where :func:`eloftr_kernels.dispatch.is_cpu_inference` says no.
 
     Args:
         like: a map (B, C, H', W') that goes in.
@@ -52,7 +52,7 @@ def plan(
         wanted: (h, w) bool, cells of which something will be read; H and W are multiples of h and w.
     """
     height, width = size
-    if not works_in_pieces(like):
+    if not is_cpu_inference(like):
         return [Piece(0, height, 0, width)]
     row_bytes = max(1, len(like)) * channels * width * like.element_size()
     count = max(1, min(-(-height * row_bytes // BAND_BYTES), height // (4 * halo)))

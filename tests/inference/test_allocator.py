@@ -11,7 +11,7 @@ import pytest
 
 _SCRIPT = """
 import torch
-from eloftr_ops import allocator
+from eloftr_ops.inference.cpu import allocator
 
 def resident():
     return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmRSS")) / 1024

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eloftr_ops.allocator import keep_small_blocks
 from eloftr_ops.config import GradientMode
-from eloftr_ops.matcher import EfficientLoFTR, PairMaps
+from eloftr_ops.inference.cpu.allocator import keep_small_blocks
+from eloftr_ops.inference.cpu.winograd import use_winograd
+from eloftr_ops.model.matcher import EfficientLoFTR, PairMaps
 from eloftr_ops.types import Features
-from eloftr_ops.winograd import use_winograd
 
 _REMEDY = "Use the matcher that it was made from."
 FLOAT_STAGES = 2  # of the backbone, with bfloat16 behind them
@@ -25,8 +25,8 @@ class InferenceMatcher(EfficientLoFTR):
 
     RepVGG branches and every BatchNorm are folded into convolutions, weights lie channels last, and no graph is
     recorded. In float32 on a CPU, wide convolutions run by Winograd's algorithm, with weights that are four times as
-    large (:mod:`eloftr_ops.winograd`). It is a copy: the matcher that it was made from stays as it is, and is the one
-    to train and to save.
+    large (:mod:`eloftr_ops.inference.cpu.winograd`). It is a copy: the matcher that it was made from stays as it is,
+    and is the one to train and to save.
 
     With bfloat16 the transformer and the scores stay in float32: its 8 bits are too few for what decides which cells
     match, and cost more matches than all the convolutions together. So do the backbone's stages before the map at half

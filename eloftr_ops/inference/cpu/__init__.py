@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a CPU runs the stages of a matcher without gradient."""
