@@ -103,7 +103,7 @@ def gate(
     dtype = spec.dtype or context.dtype
     with torch.inference_mode():
         plain = plain_model(spec.preset).to(context.device)
-        truth = plain.match_maps(*plain.pair_features({"image0": pair[0], "image1": pair[1]})).coarse0
+        truth = coarse_map(plain, *pair)
         if matcher.coarse is not None:
             error = float((matcher.coarse(*own_pair).float() - truth).norm() / truth.norm())
             if not error <= FEATURE_ERROR[dtype]:
@@ -116,6 +116,12 @@ def gate(
     if dtype == "fp32":
         hold_agreement(shared)
     return shared
+
+
+def coarse_map(model: Any, image0: Tensor, image1: Tensor) -> Tensor:
+    """(B, C, h, w) transformer output of image 0."""
+    pair = model.check_input({"image0": image0, "image1": image1})
+    return model.transform(*model.extract_pair(pair))[0]  # type: ignore[no-any-return]
 
 
 def hold_agreement(shared: float) -> None:
@@ -175,8 +181,10 @@ def timed_stages(model: Any, device: torch.device) -> Iterator[dict[str, float]]
 
         return call
 
-    parts = {"backbone": (model.backbone, "forward"), "coarse matching": (model, "match_maps"),
-             "transformer": (model.transformer, "forward"), "pyramid": (model, "fine_maps"),
+    from eloftr_ops.model import matcher as matcher_module
+
+    parts = {"backbone": (model.backbone, "forward"), "coarse matching": (matcher_module, "match_cells"),
+             "transformer": (model.transformer, "forward"), "pyramid": (model, "fine_features"),
              "selection and windows": (model, "forward")}  # fmt: skip
     replaced = [(owner, attribute, vars(owner).get(attribute)) for owner, attribute in parts.values()]
     try:
@@ -196,6 +204,7 @@ def stage_operations(preset: str, size: tuple[int, int]) -> dict[str, float]:
     windows, whose number the images decide, are left out: some thousandths of the whole.
     """
     from eloftr_kernels.dual_softmax import reference
+    from eloftr_ops.model.coarse import score_cells
     from eloftr_ops.types import Features
 
     model = plain_model(preset).optimize_for_inference()
@@ -214,10 +223,9 @@ def stage_operations(preset: str, size: tuple[int, int]) -> dict[str, float]:
         features = Features(*counted("backbone", model.backbone, torch.empty(1, 1, *padded)), mask=None)
         operations["backbone"] *= 2  # images
         counted("transformer", model.transformer, features.coarse, features.coarse)
-        one_pass = functools.partial(model.match_maps, with_best=False)
-        maps = counted("coarse matching", one_pass, features, features)
-        operations["coarse matching"] -= operations["transformer"]  # which is inside it
-        counted("pyramid", model.fine_maps, features, features, maps)
+        coarse = features.coarse.to(next(model.transformer.parameters()).dtype)
+        cells = counted("coarse matching", score_cells, coarse, coarse, None, None, model.config)
+        counted("pyramid", model.fine_features, features, features, cells)
     return operations
 
 
@@ -226,15 +234,14 @@ def _ours(spec: MatcherSpec, context: Context) -> Matcher:
     plain = copy.deepcopy(plain_model(spec.preset)).to(context.device)
     model = plain.optimize_for_inference(dtype=dtype, compile=spec.mode == "compile")
     if spec.mode == "reduce-overhead":
-        for owner, attribute in ((model.backbone, "forward"), (model, "match_maps"), (model, "fine_maps")):
+        for owner, attribute in ((model.backbone, "forward"), (model, "transform"), (model, "fine_features")):
             compiled = torch.compile(getattr(owner, attribute), mode=spec.mode, dynamic=False)
             setattr(owner, attribute, compiled)
     elif spec.mode == "graph":
         _graph_dense_part(model)
 
     def coarse(a: Tensor, b: Tensor) -> Tensor:
-        maps = model.match_maps(*model.pair_features({"image0": a, "image1": b}))
-        return maps.coarse0  # type: ignore[no-any-return]
+        return coarse_map(model, a, b)
 
     # As users have them, in float32 where the first stage is.
     image_dtype = next(model.parameters()).dtype
@@ -242,7 +249,7 @@ def _ours(spec: MatcherSpec, context: Context) -> Matcher:
 
 
 def _graph_dense_part(model: Any) -> None:
-    """Replay backbone, transformer, coarse scores and pyramid, whose shapes are static, as CUDA graphs."""
+    """Replay backbone, transformer and pyramid, whose shapes are static, as CUDA graphs."""
     graphs: dict[Any, tuple[list[Tensor], Run]] = {}
 
     def wrap(owner: Any, attribute: str, flatten: Callable[..., list[Tensor]]) -> None:
@@ -262,8 +269,8 @@ def _graph_dense_part(model: Any) -> None:
         setattr(owner, attribute, call)
 
     wrap(model.backbone, "forward", lambda image: [image])
-    wrap(model, "match_maps", lambda f0, f1, **_: [f0.coarse, f1.coarse])
-    wrap(model, "fine_maps", lambda f0, f1, m, _: [m.coarse0, m.coarse1, *f0[:2], *f1[:2]])
+    wrap(model, "transform", lambda f0, f1: [f0.coarse, f1.coarse])
+    wrap(model, "fine_features", lambda f0, f1, m: [m.coarse0, m.coarse1, *f0[:2], *f1[:2]])
 
 
 def _transformers(spec: MatcherSpec, context: Context) -> Matcher:

@@ -9,6 +9,21 @@ from typing import Any, Literal, get_args
 
 GradientMode = Literal["hard", "straight_through", "soft"]
 ScoreKind = Literal["dual_softmax", "similarity"]
+WeightLayout = Literal["eloftr_ops", "authors", "transformers"]
+
+
+_ARCHITECTURE = ("stage_channels", "stage_blocks", "num_layers", "num_heads")  # what shapes the weights
+
+
+def check_choice(name: str, value: Any, choices: Any) -> Any:
+    """The value, which is one of a ``Literal``'s.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value not in get_args(choices):
+        raise ValueError(f"{name}: expected one of {', '.join(get_args(choices))}, got {value!r}.")
+    return value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +90,8 @@ class EfficientLoFTRConfig:
         for name in ("temperature", "subpixel_temperature", "soft_temperature"):
             if not _number(name, getattr(self, name)) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}.")
-        _check_choice("score", self.score, get_args(ScoreKind))
-        _check_choice("gradient_mode", self.gradient_mode, get_args(GradientMode))
+        check_choice("score", self.score, ScoreKind)
+        check_choice("gradient_mode", self.gradient_mode, GradientMode)
         for name in ("round_rotary", "centred_subpixel"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}.")
@@ -141,6 +156,10 @@ class EfficientLoFTRConfig:
         """Plain data that :meth:`from_dict` and JSON take."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
 
+    def architecture_changes(self, other: EfficientLoFTRConfig) -> list[str]:
+        """Names of the fields that shape the weights and differ in ``other``."""
+        return [name for name in _ARCHITECTURE if getattr(self, name) != getattr(other, name)]
+
     def replace(self, **changes: Any) -> EfficientLoFTRConfig:
         """Copy with some fields changed, validated again; unknown fields are refused."""
         return self.from_dict({**self.to_dict(), **changes})
@@ -180,8 +199,3 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {value!r}.")
     return float(value)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}.")

@@ -3,6 +3,7 @@
 
 Dimensions: B pairs, C coarse channels, D fine channels, H x W the image as given, h x w its coarse map
 (1/8 of the image padded to multiples of 32), L = h0 * w0 and S = h1 * w1 coarse cells, M matches of the whole batch.
+Names ending in 0 and 1 belong to image 0 and image 1; ``01`` means "from image 0 to image 1".
 """
 
 from __future__ import annotations
@@ -11,9 +12,18 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+CELL = 8  # pixels per side of a coarse cell, and of its fine window
+
+
+class ImageInput(NamedTuple):
+    """One image of every pair of a batch, as given."""
+
+    pixels: Tensor  # (B, 1, H, W)
+    mask: Tensor | None  # (B, H, W) bool
+
 
 class Features(NamedTuple):
-    """One side of a batch of pairs; independent of the image it is matched with."""
+    """Backbone features of one image of every pair of a batch; they do not depend on the other image."""
 
     half: Tensor  # (B, C1, 4h, 4w) backbone map at 1/2
     quarter: Tensor  # (B, C2, 2h, 2w) backbone map at 1/4
@@ -22,8 +32,8 @@ class Features(NamedTuple):
 
     @property
     def coarse_mask(self) -> Tensor | None:
-        """(B, h, w) bool: a coarse cell is valid when the pixel it sits on, (8 column, 8 row), is."""
-        return None if self.mask is None else self.mask[:, ::8, ::8]
+        """(B, h, w) bool: a coarse cell is valid when the pixel at its corner, (8 column, 8 row), is."""
+        return None if self.mask is None else self.mask[:, ::CELL, ::CELL]
 
     def split(self) -> tuple[Features, Features]:
         """Features of the first and of the second half of the batch."""
@@ -39,6 +49,13 @@ class Features(NamedTuple):
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
+class PairInput(NamedTuple):
+    """A checked batch of pairs: images, or features that were extracted before."""
+
+    side0: ImageInput | Features
+    side1: ImageInput | Features
+
+
 class CoarseScores(NamedTuple):
     """Everything needed to score any pair of cells without the (L, S) matrix; differentiable."""
 
@@ -48,12 +65,33 @@ class CoarseScores(NamedTuple):
     col_lse: Tensor | None  # (B, S) log-sum-exp over image 0
 
 
-class BestCells(NamedTuple):
-    """The best partner of every cell that has one above the threshold, of the others any; no gradient."""
+class NearestCells(NamedTuple):
+    """The best partner of each cell. Arbitrary, but in range, where no pair passes the threshold. No gradient."""
 
-    best1: Tensor  # (B, L) int64: cell of image 1 with the highest score for each cell of image 0
-    best0: Tensor  # (B, S) int64: cell of image 0 with the highest score for each cell of image 1
-    score1: Tensor  # (B, L) score of each best1: log-confidence, or raw similarity
+    nearest01: Tensor  # (B, L) int64: cell of image 1 with the highest score for each cell of image 0
+    nearest10: Tensor  # (B, S) int64: cell of image 0 with the highest score for each cell of image 1
+    score01: Tensor  # (B, L) score of each nearest01: log-confidence, or raw similarity
+
+
+class CoarseOutput(NamedTuple):
+    """The coarse stage of a batch of pairs, before any match is selected: all shapes are static."""
+
+    coarse0: Tensor  # (B, C, h0, w0) transformer output
+    coarse1: Tensor  # (B, C, h1, w1)
+    mask0: Tensor | None  # (B, h0, w0) bool
+    mask1: Tensor | None  # (B, h1, w1) bool
+    scores: CoarseScores
+    nearest: NearestCells | None  # None in training, which scores true pairs and selects none
+
+    @property
+    def grid0(self) -> tuple[int, int]:
+        """(h0, w0)."""
+        return self.coarse0.shape[-2], self.coarse0.shape[-1]
+
+    @property
+    def grid1(self) -> tuple[int, int]:
+        """(h1, w1)."""
+        return self.coarse1.shape[-2], self.coarse1.shape[-1]
 
 
 class CoarseMatches(NamedTuple):

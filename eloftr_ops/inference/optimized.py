@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from eloftr_ops.config import GradientMode
 from eloftr_ops.inference.cpu.allocator import keep_small_blocks
 from eloftr_ops.inference.cpu.winograd import use_winograd
-from eloftr_ops.model.matcher import EfficientLoFTR, PairMaps
-from eloftr_ops.types import Features
+from eloftr_ops.model.matcher import EfficientLoFTR
+from eloftr_ops.types import CoarseOutput, Features
 
 _REMEDY = "Use the matcher that it was made from."
 FLOAT_STAGES = 2  # of the backbone, with bfloat16 behind them
@@ -54,10 +54,10 @@ class InferenceMatcher(EfficientLoFTR):
         nn.Module.__init__(self)
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}.")
-        fused = matcher.fuse()
-        self.config = fused.config
+        fused = matcher.fused()
+        self._config = fused.config
         self.backbone, self.transformer, self.pyramid = fused.backbone, fused.transformer, fused.pyramid
-        self.pyramid.fuse()
+        self.pyramid.fuse_()
         self.requires_grad_(False).eval()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if dtype is torch.bfloat16:
@@ -66,11 +66,11 @@ class InferenceMatcher(EfficientLoFTR):
             self.to(dtype)
         if next(self.parameters()).device.type == "cpu":
             keep_small_blocks()
-            if dtype in (None, torch.float32) and self._dtype is torch.float32 and not compiled:
+            if dtype in (None, torch.float32) and self.dtype is torch.float32 and not compiled:
                 use_winograd(self)
         if compiled:
             backend = "inductor" if compiled is True else compiled
-            for owner, name in ((self.backbone, "forward"), (self, "match_maps"), (self, "fine_maps")):
+            for owner, name in ((self.backbone, "forward"), (self, "transform"), (self, "fine_features")):
                 setattr(owner, name, torch.compile(getattr(owner, name), backend=backend, dynamic=False))
 
     def _round_wide_convolutions(self) -> None:
@@ -97,24 +97,20 @@ class InferenceMatcher(EfficientLoFTR):
         _refuse_gradient("image", image)
         return super().extract_features(image, mask)
 
-    def match_maps(self, features0: Features, features1: Features, *, with_best: bool = True) -> PairMaps:
-        """As :meth:`EfficientLoFTR.match_maps`, in the transformer's dtype."""
+    def transform(self, features0: Features, features1: Features) -> tuple[Tensor, Tensor]:
+        """As :meth:`EfficientLoFTR.transform`, in the transformer's dtype."""
         dtype = next(self.transformer.parameters()).dtype
-        own = (features._replace(coarse=features.coarse.to(dtype)) for features in (features0, features1))
-        return super().match_maps(*own, with_best=with_best)
-
-    def fine_maps(
-        self,
-        features0: Features,
-        features1: Features,
-        maps: PairMaps,
-        wanted: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
-    ) -> tuple[Tensor, Tensor]:
-        """As :meth:`EfficientLoFTR.fine_maps`, in the pyramid's dtype."""
-        coarse0, coarse1 = maps.coarse0.to(features0.half.dtype), maps.coarse1.to(features1.half.dtype)
-        return super().fine_maps(
-            features0, features1, maps._replace(coarse0=coarse0, coarse1=coarse1), wanted
+        converted = (
+            features._replace(coarse=features.coarse.to(dtype)) for features in (features0, features1)
         )
+        return super().transform(*converted)
+
+    def fine_features(
+        self, features0: Features, features1: Features, coarse: CoarseOutput
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`EfficientLoFTR.fine_features`, in the pyramid's dtype."""
+        coarse0, coarse1 = coarse.coarse0.to(features0.half.dtype), coarse.coarse1.to(features1.half.dtype)
+        return super().fine_features(features0, features1, coarse._replace(coarse0=coarse0, coarse1=coarse1))
 
     def train(self, mode: bool = True) -> InferenceMatcher:
         """Evaluation mode only.

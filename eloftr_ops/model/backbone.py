@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eloftr_ops.config import EfficientLoFTRConfig
-from eloftr_ops.inference.cpu.tiling import by_pieces, plan
+from eloftr_ops.model.stages import stage
 
 STAGE_STRIDES = (2, 1, 2, 2)
 
@@ -26,12 +26,12 @@ class ConvBatchNorm(nn.Module):
         super().__init__()
         # A strided 1x1 convolution reads every stride-th position only: picking them first gives the same values and
         # avoids oneDNN's backward of it on channels-last input, which corrupts memory at some sizes (torch 2.13).
-        self.picked = stride if kernel_size == 1 else 1
+        self.pre_stride = stride if kernel_size == 1 else 1
         self.conv = nn.Conv2d(
             channels_in,
             channels_out,
             kernel_size,
-            stride // self.picked,
+            stride // self.pre_stride,
             padding=kernel_size // 2,
             bias=False,
         )
@@ -39,7 +39,7 @@ class ConvBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
-        return self.bn(self.conv(x[..., :: self.picked, :: self.picked]))  # type: ignore[no-any-return]
+        return self.bn(self.conv(x[..., :: self.pre_stride, :: self.pre_stride]))  # type: ignore[no-any-return]
 
 
 class RepVGGBlock(nn.Module):
@@ -65,7 +65,7 @@ class RepVGGBlock(nn.Module):
         return F.relu(y if self.identity is None else y.add_(self.identity(x)), inplace=True)
 
     @torch.no_grad()
-    def fuse(self) -> RepVGGBlock:
+    def to_fused(self) -> RepVGGBlock:
         """A new block with the three branches folded into one convolution; itself if already folded."""
         if self.fused is not None:
             return self
@@ -87,8 +87,7 @@ class RepVGG(nn.Module):
 
     def __init__(self, config: EfficientLoFTRConfig, *, fused: bool = False) -> None:
         super().__init__()
-        self.half_channels = max(config.stage_channels[:2])
-        self.half_halo = sum(config.stage_blocks[:2])  # the 3x3 convolution of each block spoils a row
+        self.widths = config.stage_channels
         self.stages = nn.ModuleList(
             nn.Sequential(
                 *(
@@ -111,24 +110,24 @@ class RepVGG(nn.Module):
         Every stride-2 convolution is centred on the even positions: cell (column, row) of the map at 1/s sits on
         pixel (s column, s row).
         """
-        size = (image.shape[2] // 2, image.shape[3] // 2)
-        pieces = plan(image, size, self.half_channels, self.half_halo)
-        half = by_pieces(self._to_half, image, pieces=pieces, size=size, halo=self.half_halo)
+        half = self.to_half(image)
         quarter = self.stages[2](half)
         return half, quarter, self.stages[3](quarter)
 
-    def _to_half(self, image: Tensor) -> Tensor:
+    @stage
+    def to_half(self, image: Tensor) -> Tensor:
+        """The first two stages: (B, 1, H, W) -> (B, C1, H / 2, W / 2)."""
         # A one-channel image counts as channels-last too: state its layout instead of leaving it to strides.
         x = image.contiguous(memory_format=torch.contiguous_format)
         x = self.stages[0](x).contiguous(memory_format=torch.channels_last)
         return self.stages[1](x)  # type: ignore[no-any-return]
 
-    def fuse(self) -> None:
+    def fuse_(self) -> None:
         """Fold every block in place, for inference."""
         for module in self.modules():
             if isinstance(module, nn.Sequential):
                 for i, block in enumerate(module):
-                    module[i] = block.fuse() if isinstance(block, RepVGGBlock) else block
+                    module[i] = block.to_fused() if isinstance(block, RepVGGBlock) else block
 
 
 def fold_batch_norm(weight: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coarse matching: streaming dual softmax, then the selection of mutual best cells.
+"""Coarse matching: streaming dual softmax, then the selection of mutual nearest cells.
 
-``select_matches`` is one of the two places where gradients stop by nature: indices have none.
+``select_matches`` is one of the two places where gradients stop: indices have none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from eloftr_kernels import dual_softmax_best, dual_softmax_lse, mutual_best, pair_scores
 from eloftr_ops.config import EfficientLoFTRConfig
-from eloftr_ops.types import BestCells, CoarseMatches, CoarseScores
+from eloftr_ops.types import CoarseMatches, CoarseOutput, CoarseScores, NearestCells
+
+_ROUNDING = 1e-2  # far above the rounding of a score; what lies within is decided by the reported confidence
 
 
 def score_cells(
@@ -24,8 +26,8 @@ def score_cells(
     mask0: Tensor | None,
     mask1: Tensor | None,
     config: EfficientLoFTRConfig,
-) -> CoarseScores:
-    """What scoring any pair of cells needs, in O(B (L + S) C) memory (section 3.3).
+) -> CoarseOutput:
+    """Score all pairs of cells by dual softmax, in O(B (L + S) C) memory (section 3.3); ``nearest`` is None.
 
     Args:
         coarse0: (B, C, h0, w0) transformer output.
@@ -36,7 +38,8 @@ def score_cells(
     """
     cells = _cells(coarse0, coarse1, mask0, mask1, config)
     normalisers = dual_softmax_lse(**cells) if config.score == "dual_softmax" else (None, None)
-    return CoarseScores(cells["features0"], cells["features1"], *normalisers)
+    scores = CoarseScores(cells["features0"], cells["features1"], *normalisers)
+    return CoarseOutput(coarse0, coarse1, mask0, mask1, scores, None)
 
 
 def match_cells(
@@ -45,58 +48,80 @@ def match_cells(
     mask0: Tensor | None,
     mask1: Tensor | None,
     config: EfficientLoFTRConfig,
-) -> tuple[CoarseScores, BestCells]:
-    """What :func:`score_cells` gives, and the best partner of every cell that has one above ``config.threshold``.
+) -> CoarseOutput:
+    """As :func:`score_cells`, with the nearest cell of every cell that has one above ``config.threshold``.
 
-    Arguments as :func:`score_cells`. The best partners have no gradient.
+    The nearest cells have no gradient.
     """
     cells = _cells(coarse0, coarse1, mask0, mask1, config)
     features = cells["features0"], cells["features1"]
     if config.score == "similarity":
-        return CoarseScores(*features, None, None), BestCells(*mutual_best(**cells))
-    row_lse, col_lse, *best = dual_softmax_best(threshold=config.threshold, **cells)
-    return CoarseScores(*features, row_lse, col_lse), BestCells(*best)
+        scores, nearest = CoarseScores(*features, None, None), NearestCells(*mutual_best(**cells))
+    else:
+        row_lse, col_lse, *best = dual_softmax_best(threshold=config.threshold, **cells)
+        scores, nearest = CoarseScores(*features, row_lse, col_lse), NearestCells(*best)
+    return CoarseOutput(coarse0, coarse1, mask0, mask1, scores, nearest)
 
 
-def select_matches(
-    scores: CoarseScores,
-    best: BestCells,
-    grid0: tuple[int, int],
-    grid1: tuple[int, int],
-    mask0: Tensor | None,
-    mask1: Tensor | None,
-    config: EfficientLoFTRConfig,
-) -> CoarseMatches:
-    """Pairs of cells that are each other's best, score above the threshold and lie off the border.
+def select_matches(coarse: CoarseOutput, config: EfficientLoFTRConfig) -> CoarseMatches:
+    """Pairs of cells that are each other's nearest, score above the threshold and lie off the border.
 
-    Indices carry no gradient; ``confidence`` is computed for the selected pairs alone and does. No match gives empty
-    tensors.
+    Indices carry no gradient; ``confidence`` is computed for the selected pairs alone and does. The threshold holds
+    for the confidence as it is returned. No match gives empty tensors.
 
     Args:
-        scores: of :func:`match_cells`.
-        best: of :func:`match_cells`.
-        grid0: (h0, w0).
-        grid1: (h1, w1).
-        mask0: (B, h0, w0) bool.
-        mask1: (B, h1, w1) bool.
+        coarse: of :func:`match_cells`.
         config: threshold, border, score kind.
+
+    Raises:
+        ValueError: ``coarse`` without nearest cells, as :func:`score_cells` gives it.
     """
-    batch_size, cells = best.best1.shape
-    interior0 = interior_cells(grid0, mask0, config.border_removal, best.best1.device)
-    interior1 = interior_cells(grid1, mask1, config.border_removal, best.best1.device)
-    own = torch.arange(cells, device=best.best1.device)
-    threshold = config.threshold
-    if config.score == "dual_softmax":
-        threshold = math.log(threshold) if threshold > 0 else -math.inf
-    accepted = (
-        (best.best0.gather(1, best.best1) == own)
-        & (best.score1 > threshold)
+    nearest = nearest_of(coarse)
+    batch, cells0 = mutual_nearest(coarse, config).nonzero(as_tuple=True)
+    cells1 = nearest.nearest01[batch, cells0]
+    confidence = pair_confidence(coarse.scores, batch, cells0, cells1, config)
+    passed = above_threshold(confidence, config)
+    return CoarseMatches(batch[passed], cells0[passed], cells1[passed], confidence[passed])
+
+
+def above_threshold(confidence: Tensor, config: EfficientLoFTRConfig) -> Tensor:
+    """Bool of the shape of ``confidence``; a probability passes the threshold zero even where it is rounded to zero."""
+    if config.score == "dual_softmax" and config.threshold == 0:
+        return torch.ones_like(confidence, dtype=torch.bool)
+    return confidence.detach() > config.threshold
+
+
+def mutual_nearest(coarse: CoarseOutput, config: EfficientLoFTRConfig) -> Tensor:
+    """(B, L) bool: cells of image 0 whose nearest cell has them as its nearest, and neither lies at a border."""
+    nearest = nearest_of(coarse)
+    batch_size, cells = nearest.nearest01.shape
+    device = nearest.nearest01.device
+    interior0 = interior_cells(coarse.grid0, coarse.mask0, config.border_removal, device)
+    interior1 = interior_cells(coarse.grid1, coarse.mask1, config.border_removal, device)
+    return (
+        (nearest.nearest10.gather(1, nearest.nearest01) == torch.arange(cells, device=device))
+        & (nearest.score01 > _least_score(config))
         & interior0
-        & interior1.expand(batch_size, -1).gather(1, best.best1)
+        & interior1.expand(batch_size, -1).gather(1, nearest.nearest01)
     )
-    batch, cells0 = accepted.nonzero(as_tuple=True)
-    cells1 = best.best1[batch, cells0]
-    return CoarseMatches(batch, cells0, cells1, pair_confidence(scores, batch, cells0, cells1, config))
+
+
+def nearest_of(coarse: CoarseOutput) -> NearestCells:
+    """The nearest cells of a coarse output.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if coarse.nearest is None:
+        raise ValueError("coarse: expected the output of match_cells, got that of score_cells.")
+    return coarse.nearest
+
+
+def _least_score(config: EfficientLoFTRConfig) -> float:
+    """A score that every accepted pair exceeds: a little below the threshold, to leave rounding to the last check."""
+    if config.score == "similarity":
+        return config.threshold - _ROUNDING * abs(config.threshold)
+    return math.log(config.threshold) - _ROUNDING if config.threshold > 0 else -math.inf
 
 
 def pair_confidence(
@@ -113,7 +138,7 @@ def pair_confidence(
         scores.row_lse,
         scores.col_lse,
     )
-    # rounding can lift the logarithm of a certain match above zero
+    # Rounding can lift the logarithm of a certain match above zero
     return score.clamp(max=0).exp() if config.score == "dual_softmax" else score
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from eloftr_kernels import aggregated_attention, upsample_mlp
 from eloftr_kernels.aggregated_attention.reference import AGGREGATION as AGGREGATION
-from eloftr_kernels.dispatch import is_cpu_inference
 from eloftr_ops.config import EfficientLoFTRConfig
+from eloftr_ops.model.stages import stage
 
 
 class AggregatedAttention(nn.Module):
@@ -87,15 +87,30 @@ class TransformerLayer(nn.Module):
         mask1: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """(B, C, h0, w0), (B, C, h1, w1) -> the same shapes."""
-        if x0.shape == x1.shape and mask0 is None and mask1 is None and not is_cpu_inference(x0):
-            both = torch.cat([x0, x1])
-            x0, x1 = self.self_attention(both, both, rotary0).chunk(2)
-        else:
-            x0 = self.self_attention(x0, x0, rotary0, mask0, mask0)
-            x1 = self.self_attention(x1, x1, rotary1, mask1, mask1)
+        x0, x1 = self.attend_within(x0, x1, rotary0, rotary1, mask0, mask1)
         x0 = self.cross_attention(x0, x1, None, mask0, mask1)
         x1 = self.cross_attention(x1, x0, None, mask1, mask0)
         return x0, x1
+
+    @stage
+    def attend_within(
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        rotary0: Tensor,
+        rotary1: Tensor,
+        mask0: Tensor | None,
+        mask1: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Self-attention of both images: in one batch where their sizes agree and nothing is masked."""
+        if x0.shape == x1.shape and mask0 is None and mask1 is None:
+            both = torch.cat([x0, x1])
+            x0, x1 = self.self_attention(both, both, rotary0).chunk(2)
+            return x0, x1
+        return (
+            self.self_attention(x0, x0, rotary0, mask0, mask0),
+            self.self_attention(x1, x1, rotary1, mask1, mask1),
+        )
 
 
 class CoarseTransformer(nn.Module):
@@ -128,13 +143,13 @@ def rotary_table(rows: int, columns: int, config: EfficientLoFTRConfig, device: 
     C / 4 frequencies, base 10000; even entries turn with the row, odd ones with the column, positions from 1, times
     ``config.position_scale``. Rounded to float16 when ``config.round_rotary``, as the released weights saw them.
     """
-    quarter = config.coarse_channels // 4
-    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+    frequencies = config.coarse_channels // 4
+    frequency = 10000.0 ** (-torch.arange(frequencies, dtype=torch.float32, device=device) / frequencies)
     scale_rows, scale_columns = config.position_scale
     row = (torch.arange(rows, dtype=torch.float32, device=device) + 1) * scale_rows
     column = (torch.arange(columns, dtype=torch.float32, device=device) + 1) * scale_columns
     angles = torch.stack(
         torch.broadcast_tensors(row[:, None, None] * frequency, column[None, :, None] * frequency), -1
-    ).reshape(rows * columns, 2 * quarter)
+    ).reshape(rows * columns, 2 * frequencies)
     table = torch.stack([angles.cos(), angles.sin()])
     return table.half().float() if config.round_rotary else table

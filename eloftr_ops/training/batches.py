@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eloftr_ops.data import HomographyBatch, ImagePair, SceneBatch
-from eloftr_ops.model.fine import CELL
 from eloftr_ops.model.matcher import SIZE_MULTIPLE
 from eloftr_ops.training.supervision import DepthLabels
+from eloftr_ops.types import CELL
 
 HOMOGRAPHY, DEPTH, POSE = 0, 1, 2  # what is known about a pair
 

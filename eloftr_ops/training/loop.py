@@ -214,7 +214,7 @@ class _Run:
         since, trainer = self._watch.elapsed, self.trainer
         if self._fabric.is_global_zero:
             pairs = validation_batches(self._config.validation, self._config.data, self._textures)
-            result: Validation = validate(trainer.averaged_matcher.fuse(), pairs)
+            result: Validation = validate(trainer.averaged_matcher.fused(), pairs)
             self.reporter.record(
                 trainer.step,
                 {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from eloftr_ops.losses.matching import coarse_focal_loss, window_losses
-from eloftr_ops.model.coarse import select_matches
+from eloftr_ops.model.coarse import match_cells, score_cells, select_matches
 from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.training.batches import DEPTH, HOMOGRAPHY, POSE, TrainingBatch
 from eloftr_ops.training.config import LossConfig
@@ -172,12 +172,14 @@ def loss_sums(
     Pairs of images whose matches determine no homography or pose cost zero in those two terms, and count.
     """
     end_to_end = config.homography_weight > 0 or config.pose_weight > 0
-    features0, features1 = matcher.pair_features(batch.matcher_input())
-    maps = matcher.match_maps(features0, features1, with_best=end_to_end)
-    coarse, confidence = coarse_focal_loss(maps.scores, labels.pairs, matcher.config, reduction="sum")
+    features0, features1 = matcher.extract_pair(matcher.check_input(batch.matcher_input()))
+    coarse0, coarse1 = matcher.transform(features0, features1)
+    score = match_cells if end_to_end else score_cells
+    cells = score(coarse0, coarse1, features0.coarse_mask, features1.coarse_mask, matcher.config)
+    coarse, confidence = coarse_focal_loss(cells.scores, labels.pairs, matcher.config, reduction="sum")
     pixel = subpixel = homography = pose = coarse.new_zeros(())
     if labels.windows is not None and labels.targets is not None:
-        fine0, fine1 = matcher.fine_maps(features0, features1, maps)
+        fine0, fine1 = matcher.fine_features(features0, features1, cells)
         pixel, subpixel = window_losses(
             fine0,
             fine1,
@@ -188,7 +190,8 @@ def loss_sums(
             reduction="sum",
         )
     if end_to_end:
-        matches = matcher.matches_from_maps(features0, features1, maps, config.end_to_end.mode)
+        selected = select_matches(cells, matcher.config)
+        matches = matcher.refine(features0, features1, cells, selected, config.end_to_end.mode)
         homography, pose = _geometric_sums(matches, batch, config)
     terms = (coarse, pixel, subpixel, homography, pose)
     return torch.stack([term.to(coarse.dtype) for term in terms]), confidence
@@ -251,10 +254,10 @@ def _geometric_sums(matches: Matches, batch: TrainingBatch, config: LossConfig) 
 def _predicted_pairs(matcher: EfficientLoFTR, batch: TrainingBatch) -> CoarsePairs:
     """What the matcher matches now, in evaluation mode, in which pairs do not depend on each other."""
     with evaluation_mode(matcher):
-        maps = matcher.match_maps(*matcher.pair_features(batch.matcher_input()))
-        if maps.best is None:
-            raise ValueError("maps: expected best cells, got none.")
-        matches = select_matches(maps.scores, maps.best, *maps.grids, maps.mask0, maps.mask1, matcher.config)
+        features0, features1 = matcher.extract_pair(matcher.check_input(batch.matcher_input()))
+        masks = features0.coarse_mask, features1.coarse_mask
+        cells = match_cells(*matcher.transform(features0, features1), *masks, matcher.config)
+        matches = select_matches(cells, matcher.config)
     return CoarsePairs(matches.batch, matches.cells0, matches.cells1)
 
 

@@ -21,8 +21,7 @@ from torch import Tensor
 from eloftr_kernels.window_match import pixel_offsets
 from eloftr_ops.data.scene_geometry import reproject
 from eloftr_ops.geometry import fundamental_from_pose
-from eloftr_ops.model.fine import CELL
-from eloftr_ops.types import CoarsePairs, WindowTargets
+from eloftr_ops.types import CELL, CoarsePairs, WindowTargets
 
 _SAME_SURFACE = 0.05  # relative difference of neighbouring depths up to which they are interpolated
 

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from eloftr_ops._version import __version__
-from eloftr_ops.config import EfficientLoFTRConfig
+from eloftr_ops.config import EfficientLoFTRConfig, WeightLayout
 from eloftr_ops.model.backbone import STAGE_STRIDES
 from eloftr_ops.model.transformer import AGGREGATION
 from eloftr_ops.weights.files import parse_json
-from eloftr_ops.weights.names import Layout
 
 FORMAT = "eloftr_ops"
 VERSION = 1
@@ -63,7 +62,7 @@ class FolderConfig(NamedTuple):
     """What a ``config.json`` says."""
 
     config: EfficientLoFTRConfig
-    layout: Layout
+    layout: WeightLayout
     weights: str  # file name in the same folder
 
 
@@ -84,7 +83,7 @@ def read_folder_config(fields: Mapping[str, Any], source: str) -> FolderConfig:
     )
 
 
-def folder_config(config: EfficientLoFTRConfig, layout: Layout, dtype: torch.dtype) -> bytes:
+def folder_config(config: EfficientLoFTRConfig, layout: WeightLayout, dtype: torch.dtype) -> bytes:
     """The ``config.json`` that :func:`read_folder_config` reads."""
     fields: dict[str, Any]
     if layout == "transformers":
@@ -167,7 +166,7 @@ def _read_own(fields: Mapping[str, Any], source: str) -> FolderConfig:
     weights = fields.get("weights", SAFETENSORS)
     if weights not in (SAFETENSORS, CHECKPOINT):
         raise ValueError(f"{source}: weights: expected {SAFETENSORS} or {CHECKPOINT}, got {weights!r}.")
-    layout: Layout = "authors" if weights == CHECKPOINT else "eloftr_ops"
+    layout: WeightLayout = "authors" if weights == CHECKPOINT else "eloftr_ops"
     return FolderConfig(_build(values, source), layout, str(weights))
 
 

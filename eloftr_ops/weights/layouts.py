@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eloftr_ops.config import EfficientLoFTRConfig
+from eloftr_ops.config import EfficientLoFTRConfig, WeightLayout
 from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.weights.files import COUNTER
-from eloftr_ops.weights.names import Layout, from_layout, to_layout
+from eloftr_ops.weights.names import from_layout, to_layout
 
 AUTHORS_PREFIX = "matcher."
 SHOWN = 5  # names that an error lists of each kind
@@ -23,12 +23,12 @@ class Stored(NamedTuple):
     """Weights as found."""
 
     tensors: dict[str, Tensor]  # by the file's names
-    layout: Layout
+    layout: WeightLayout
     config: EfficientLoFTRConfig | None  # None where the source does not tell
     source: str
 
 
-def guess_layout(names: Iterable[str]) -> Layout:
+def guess_layout(names: Iterable[str]) -> WeightLayout:
     """Whose names these are; ours pass through the authors' table unchanged."""
     theirs = ("efficientloftr.", "refinement_layer.")
     return "transformers" if any(name.startswith(theirs) for name in names) else "authors"
@@ -82,7 +82,7 @@ def infer_config(tensors: Mapping[str, Tensor], source: str) -> EfficientLoFTRCo
 def build_model(
     tensors: Mapping[str, Tensor],
     config: EfficientLoFTRConfig,
-    layout: Layout,
+    layout: WeightLayout,
     source: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -131,7 +131,7 @@ def _blueprint(tensors: Mapping[str, Tensor], config: EfficientLoFTRConfig, sour
 
 
 def _check_fit(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], layout: Layout, source: str
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], layout: WeightLayout, source: str
 ) -> None:
     missing = [n for n in expected if n not in tensors and not n.endswith(COUNTER)]
     unexpected = [n for n in tensors if n not in expected]

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Literal
 
-Layout = Literal["eloftr_ops", "authors", "transformers"]
+from eloftr_ops.config import WeightLayout
 
 # (theirs, ours): the first pair that fits the head of a name renames it; {n} stands for a number.
 _AUTHORS_HEADS = (
@@ -55,21 +54,21 @@ _TRANSFORMERS_TAILS = (
     ("mlp.fc2.", "contract."),
     ("mlp.layer_norm.", "update_norm."),
 )
-_TABLES: dict[Layout, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]] = {
+_TABLES: dict[WeightLayout, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]] = {
     "eloftr_ops": ((), ()),
     "authors": (_AUTHORS_HEADS, _AUTHORS_TAILS),
     "transformers": (_TRANSFORMERS_HEADS, _TRANSFORMERS_TAILS),
 }
 
 
-def from_layout(name: str, layout: Layout) -> str:
+def from_layout(name: str, layout: WeightLayout) -> str:
     """Our name of a parameter that ``layout`` calls ``name``; a name the table does not know comes back as it is."""
     if layout == "authors":
         name = re.sub(r"^loftr_coarse\.layers\.(\d+)\.", _attention_from_index, name)
     return _rename(name, layout, forward=True)
 
 
-def to_layout(name: str, layout: Layout) -> str:
+def to_layout(name: str, layout: WeightLayout) -> str:
     """The name that ``layout`` gives to our parameter ``name``."""
     name = _rename(name, layout, forward=False)
     if layout == "authors":
@@ -86,7 +85,7 @@ def _attention_to_index(match: re.Match[str]) -> str:
     return f"loftr_coarse.layers.{2 * int(match[1]) + (match[2] == 'cross')}."
 
 
-def _rename(name: str, layout: Layout, *, forward: bool) -> str:
+def _rename(name: str, layout: WeightLayout, *, forward: bool) -> str:
     heads, tails = _TABLES[layout]
     name = _first_rule(name, heads, forward, lambda pattern: "^" + pattern)
     return _first_rule(name, tails, forward, lambda pattern: r"(?<=\.)" + pattern)

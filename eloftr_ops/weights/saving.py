@@ -14,17 +14,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from eloftr_ops.config import WeightLayout
 from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.weights.configs import CHECKPOINT, SAFETENSORS, folder_config, metadata_for
 from eloftr_ops.weights.files import COUNTER, FLOAT_DTYPES, write_file, write_folder
 from eloftr_ops.weights.layouts import AUTHORS_PREFIX
-from eloftr_ops.weights.names import Layout, to_layout
+from eloftr_ops.weights.names import to_layout
 
 EMBEDDED_LIMIT = 8_000_000  # bytes
 
 
 def save_pretrained(
-    model: EfficientLoFTR, folder: str | os.PathLike[str], *, layout: Layout = "eloftr_ops"
+    model: EfficientLoFTR, folder: str | os.PathLike[str], *, layout: WeightLayout = "eloftr_ops"
 ) -> None:
     """Write a folder that :func:`load_pretrained` loads to the same model, bit by bit.
 
@@ -49,8 +50,8 @@ def save_pretrained(
         TypeError: ``model`` is not an :class:`EfficientLoFTR`.
         OSError: the folder cannot be written.
     """
-    if layout not in get_args(Layout):
-        raise ValueError(f"layout: expected one of {', '.join(get_args(Layout))}, got {layout!r}.")
+    if layout not in get_args(WeightLayout):
+        raise ValueError(f"layout: expected one of {', '.join(get_args(WeightLayout))}, got {layout!r}.")
     state = _state(model)
     if layout == "transformers":
         _check_expressible(model, state)

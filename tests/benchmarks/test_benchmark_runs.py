@@ -19,8 +19,7 @@ from benchmarks import cases, engine, matchers, measure, operators, problems, re
 from benchmarks.matchers import Context
 from benchmarks.measure import Contender, Disagreement, Elapsed, Unavailable
 from eloftr_ops import EfficientLoFTRConfig
-from eloftr_ops.inference.cpu import winograd
-from eloftr_ops.model import matcher
+from eloftr_ops.inference.cpu import stages, winograd
 from support.models import random_images, tiny_model
 
 CPU = torch.device("cpu")
@@ -225,9 +224,9 @@ def test_graphs_of_the_dense_part_see_new_images(monkeypatch: pytest.MonkeyPatch
         return replay
 
     monkeypatch.setattr(matchers, "graphed", replaying)
-    monkeypatch.setattr(matcher, "is_cpu_inference", lambda x: False)  # both images at once, as on a GPU
-    plain = tiny_model().fuse()
-    replayed = tiny_model().fuse()
+    monkeypatch.setattr(stages, "is_cpu_inference", lambda x: False)  # both images at once, as on a GPU
+    plain = tiny_model().fused()
+    replayed = tiny_model().fused()
     matchers._graph_dense_part(replayed)
     with torch.inference_mode():
         for seed in (0, 1, 2):

@@ -10,7 +10,7 @@ from torch import Tensor
 from eloftr_ops import EfficientLoFTR
 from eloftr_ops.io import demo_pair
 from support.golden import golden_model
-from support.models import random_images, tiny_model
+from support.models import coarse_stage, random_images, tiny_model
 
 # Folding reorders float32 sums: a share of 1e-4, as for the features against the authors' numbers (docs/parity.md).
 RELATIVE = 1e-4
@@ -37,17 +37,15 @@ def test_matches_of_the_embedded_model_are_those_of_the_plain_way() -> None:
     assert_same_matches(plain.optimize_for_inference()(demo()), expected)
 
 
-def test_dense_maps_of_the_full_model_are_those_of_the_plain_way() -> None:
+def test_dense_coarse_of_the_full_model_are_those_of_the_plain_way() -> None:
     plain = golden_model()
     data = demo((128, 160))
     with torch.no_grad():
-        features = plain.pair_features(data)
-        maps = plain.match_maps(*features)
-        expected = (maps.coarse0, *plain.fine_maps(*features, maps))
+        *features, coarse = coarse_stage(plain, data)
+        expected = (coarse.coarse0, *plain.fine_features(*features, coarse))
         fast = plain.optimize_for_inference()
-        features = fast.pair_features(data)
-        maps = fast.match_maps(*features)
-    for got, want in zip((maps.coarse0, *fast.fine_maps(*features, maps)), expected, strict=True):
+        *features, coarse = coarse_stage(fast, data)
+    for got, want in zip((coarse.coarse0, *fast.fine_features(*features, coarse)), expected, strict=True):
         assert (got - want).norm() / want.norm() < RELATIVE
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from eloftr_ops.inference.cpu import winograd
 from eloftr_ops.inference.cpu.winograd import WinogradConv3x3, pays, transforms, use_winograd
 from support.golden import golden_model
-from support.models import random_images, tiny_model
+from support.models import tiny_model
 from support.ops import spy
 
 EPS = torch.finfo(torch.float32).eps
@@ -133,18 +133,3 @@ def test_the_optimized_full_model_uses_it_in_float32_only() -> None:
         tiny_model().optimize_for_inference(),
     ):
         assert not any(isinstance(module, WinogradConv3x3) for module in other.modules())
-
-
-def test_pyramid_where_matches_are_reads_no_further() -> None:
-    """Tiles of the pyramid, each by Winograd's algorithm, are the whole pyramid where something is wanted."""
-    fast = golden_model().optimize_for_inference()
-    image = random_images(1, 192, 256)
-    with torch.no_grad():
-        features = fast.pair_features({"image0": image, "image1": image.flip(-1)})
-        maps = fast.match_maps(*features)
-        whole = fast.fine_maps(*features, maps)[0]
-        wanted = torch.zeros(1, 24, 32, dtype=torch.bool)
-        wanted[0, 12, 20] = True
-        part = fast.fine_maps(*features, maps, (wanted, wanted))[0]
-    window = (..., slice(47, 53), slice(79, 85))
-    assert (part[window] - whole[window]).norm() / whole[window].norm() < 1e-5

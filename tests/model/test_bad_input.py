@@ -111,7 +111,7 @@ def test_bad_data(name: str) -> None:
 
 
 def test_unknown_mode() -> None:
-    with pytest.raises(ValueError, match="gradient_mode: expected one of hard, straight_through, soft"):
+    with pytest.raises(ValueError, match="mode: expected one of hard, straight_through, soft"):
         MODEL({"image0": IMAGE, "image1": IMAGE}, mode="smooth")
 
 
@@ -206,7 +206,7 @@ def test_small_is_small() -> None:
     """At most 3 M parameters and 60 GFLOP for a 640x480 pair; the authors' model has the 16 M of the paper."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    small, full = (EfficientLoFTR(EfficientLoFTRConfig.preset(n)).eval().fuse() for n in ("small", "full"))
+    small, full = (EfficientLoFTR(EfficientLoFTRConfig.preset(n)).eval().fused() for n in ("small", "full"))
     assert sum(p.numel() for p in small.parameters()) <= 3e6
     assert 14e6 < sum(p.numel() for p in full.parameters()) < 17e6
     image = random_images(1, 480, 640)

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eloftr_ops import EfficientLoFTR
+from eloftr_ops.model.coarse import match_cells, select_matches
 from support.gradients import finite_gradients
-from support.models import random_images, tiny_model
+from support.models import coarse_stage, random_images, tiny_model
 
 MODES = ("hard", "straight_through", "soft")
 SIZE = (64, 96)
@@ -59,19 +60,15 @@ def test_exact_ties_between_cells_and_between_pixels() -> None:
     """One feature everywhere: every score and every window probability ties; soft positions average."""
     model = tiny_model(border_removal=0)
     image = random_images(1, *SIZE)
-    features0, features1 = model.pair_features({"image0": image, "image1": image})
-    maps = model.match_maps(features0, features1)
-    flat = [torch.ones_like(x).requires_grad_() for x in (maps.coarse0, maps.coarse1)]
+    features0, features1, coarse = coarse_stage(model, {"image0": image, "image1": image})
+    flat = [torch.ones_like(x).requires_grad_() for x in (coarse.coarse0, coarse.coarse1)]
     features = [
         f._replace(half=torch.ones_like(f.half), quarter=torch.ones_like(f.quarter))
         for f in (features0, features1)
     ]
-    from eloftr_ops.model.coarse import match_cells
-
-    scores, best = match_cells(*flat, None, None, model.config)
-    tied = maps._replace(coarse0=flat[0], coarse1=flat[1], scores=scores, best=best)
+    tied = match_cells(*flat, None, None, model.config)
     for mode in MODES:
-        matches = model.matches_from_maps(*features, tied, mode)
+        matches = model.refine(*features, tied, select_matches(tied, model.config), mode)
         assert len(matches.confidence) == 1  # the first cell of each image
         found = finite_gradients(projected(matches._asdict()), flat)
         assert any(bool(g.any()) for g in found)

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eloftr_ops import EfficientLoFTR
+from eloftr_ops.model.coarse import select_matches
 from support.gradients import check_gradients
-from support.models import random_images, tiny_model
+from support.models import coarse_stage, random_images, tiny_model
 
 MODES = ("hard", "straight_through", "soft")
 INPUTS = ("image0", "image1", "backbone", "transformer", "pyramid")
@@ -147,9 +148,9 @@ def test_the_contract_covers_every_output_in_every_mode() -> None:
 def test_the_pair_is_away_from_ties() -> None:
     """Choices inside the matcher win by margins that steps of finite differences do not overturn."""
     model, data = smooth_model(), smooth_pair()
-    maps = model.match_maps(*model.pair_features(data))
-    scores = maps.scores.features0 @ maps.scores.features1.mT / model.config.temperature
-    log_confidence = 2 * scores - maps.scores.row_lse[:, :, None] - maps.scores.col_lse[:, None]
+    coarse = coarse_stage(model, data).coarse
+    scores = coarse.scores.features0 @ coarse.scores.features1.mT / model.config.temperature
+    log_confidence = 2 * scores - coarse.scores.row_lse[:, :, None] - coarse.scores.col_lse[:, None]
     for axis in (1, 2):
         first, second = log_confidence.topk(2, axis).values.unbind(axis)
         assert (first - second).min() > 1e-4
@@ -207,11 +208,11 @@ def test_the_derivative_check_notices_a_detached_stage() -> None:
 @pytest.mark.parametrize("output", ["keypoints0", "keypoints1"])
 def test_soft_positions_move_the_coarse_features_of_both_images(output: str) -> None:
     model, data = smooth_model(), smooth_pair()
-    features = model.pair_features(data)
-    maps = model.match_maps(*features)
-    leaves = [x.clone().requires_grad_() for x in (maps.scores.features0, maps.scores.features1)]
-    scores = maps.scores._replace(features0=leaves[0], features1=leaves[1])
-    matches = model.matches_from_maps(*features, maps._replace(scores=scores), "soft")
+    *features, coarse = coarse_stage(model, data)
+    leaves = [x.clone().requires_grad_() for x in (coarse.scores.features0, coarse.scores.features1)]
+    scores = coarse.scores._replace(features0=leaves[0], features1=leaves[1])
+    moved = coarse._replace(scores=scores)
+    matches = model.refine(*features, moved, select_matches(moved, model.config), "soft")
     found = torch.autograd.grad(getattr(matches, output)[:, 0].sum(), leaves)
     assert all(bool(g.any()) for g in found)
 

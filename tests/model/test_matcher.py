@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eloftr_ops import EfficientLoFTR
-from support.models import random_images, tiny_model
+from support.models import coarse_stage, random_images, tiny_model
 
 OUTPUTS = {"keypoints0", "keypoints1", "confidence", "batch_indexes"}
 
@@ -267,8 +267,8 @@ def test_everything_before_selection_compiles_as_one_graph(size: tuple[int, int]
     data = _pair(1, size)
 
     def dense(image0: torch.Tensor, image1: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        maps = model.match_maps(*model.pair_features({"image0": image0, "image1": image1}))
-        return maps.coarse0, maps.scores.row_lse, maps.best.score1
+        coarse = coarse_stage(model, {"image0": image0, "image1": image1}).coarse
+        return coarse.coarse0, coarse.scores.row_lse, coarse.nearest.score01
 
     torch._dynamo.reset()
     with torch.no_grad():
@@ -292,3 +292,36 @@ def test_straight_through_has_the_values_of_hard(model: EfficientLoFTR) -> None:
     data = _pair(2)
     hard, through = _run(model, data), _run(model, data, mode="straight_through")
     assert all(torch.equal(hard[k], through[k]) for k in OUTPUTS)
+
+
+def test_a_changed_configuration_reaches_every_part() -> None:
+    model, data = tiny_model(), _pair(1)
+    before = _run(model, data)
+    model.config = model.config.replace(position_scale=(2.0, 0.5), threshold=0.5)
+    fresh = EfficientLoFTR(model.config).eval()
+    fresh.load_state_dict(model.state_dict())
+    after, expected = _run(model, data), _run(fresh, data)
+    assert all(torch.equal(after[k], expected[k]) for k in OUTPUTS)
+    assert len(after["confidence"]) != len(before["confidence"])
+
+
+def test_the_architecture_of_a_built_model_stays() -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="another num_layers, num_heads"):
+        model.config = model.config.replace(num_layers=1, num_heads=1)
+    with pytest.raises(TypeError, match="config: expected an EfficientLoFTRConfig, got dict"):
+        model.config = {}
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(rank=st.integers(0, 20), above=st.booleans())
+def test_every_confidence_is_above_the_threshold(rank: int, above: bool) -> None:
+    """Also where the threshold is, to the last bit, the confidence of a match or the number before it."""
+    model, data = tiny_model(temperature=50.0), _pair(1)
+    found = _run(model, data)["confidence"].sort().values
+    limit = found[rank % len(found)]
+    threshold = float(limit if above else torch.nextafter(limit, torch.zeros(())))
+    model.config = model.config.replace(threshold=threshold)
+    got = _run(model, data)["confidence"]
+    assert (got > threshold).all()
+    assert len(got) == int((found > threshold).sum())

@@ -8,8 +8,9 @@ import torch
 from eloftr_kernels.window_match import window_match, windows
 from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig
 from eloftr_ops.model.coarse import pair_confidence
-from eloftr_ops.model.matcher import PairMaps
+from eloftr_ops.types import CoarseOutput
 from support.golden import golden_model, image, reference
+from support.models import coarse_stage
 
 FEATURE_ERROR = 1e-4  # relative, float32
 CONFIDENCE_ERROR = 1e-3
@@ -31,9 +32,8 @@ def matcher(request: pytest.FixtureRequest, model: EfficientLoFTR) -> EfficientL
 def single(model: EfficientLoFTR) -> dict[str, torch.Tensor]:
     """Every stage of the ``single`` case."""
     with torch.no_grad():
-        features = model.pair_features({"image0": image("image0", 0), "image1": image("image1", 0)})
-        maps = model.match_maps(*features)
-        fine0, fine1 = model.fine_maps(*features, maps)
+        *features, coarse = coarse_stage(model, {"image0": image("image0", 0), "image1": image("image1", 0)})
+        fine0, fine1 = model.fine_features(*features, coarse)
         cells = [torch.from_numpy(reference()[f"single/{k}_ids"]).long() for k in "bij"]
         config = model.config
         fine = window_match(
@@ -50,10 +50,10 @@ def single(model: EfficientLoFTR) -> dict[str, torch.Tensor]:
             "backbone_half": stacked[0][:, ::16, ::4, ::4],
             "backbone_quarter": stacked[1][:, ::16, ::2, ::2],
             "backbone_coarse": stacked[2][:, ::8],
-            "coarse0": maps.coarse0[:, ::8],
-            "coarse1": maps.coarse1[:, ::8],
-            "conf_rowmax": maps.best.score1.exp(),
-            "conf_colmax": _column_maxima(maps, config),
+            "coarse0": coarse.coarse0[:, ::8],
+            "coarse1": coarse.coarse1[:, ::8],
+            "conf_rowmax": coarse.nearest.score01.exp(),
+            "conf_colmax": _column_maxima(coarse, config),
             "window0": windows(fine0, first[0], first[1], ring=0),
             "window1": windows(fine1, first[0], first[2], ring=1),
             "stage1_keypoints0": _cell_positions(cells[1], 32) + fine.pixel0,
@@ -133,7 +133,7 @@ def test_position_scaled(fast: bool) -> None:
 
 
 def test_reparameterised_branches_agree_with_the_training_form(model: EfficientLoFTR) -> None:
-    fused = model.fuse()
+    fused = model.fused()
     assert not any("conv1x1" in name for name in fused.state_dict())
     image0 = image("image0", 0)
     with torch.no_grad():
@@ -142,9 +142,11 @@ def test_reparameterised_branches_agree_with_the_training_form(model: EfficientL
     _check("single", _match(fused, image0, image("image1", 0)))
 
 
-def _column_maxima(maps: PairMaps, config: EfficientLoFTRConfig) -> torch.Tensor:
-    cells1 = torch.arange(maps.best.best0.shape[1])
-    return pair_confidence(maps.scores, torch.zeros_like(cells1), maps.best.best0[0], cells1, config)[None]
+def _column_maxima(coarse: CoarseOutput, config: EfficientLoFTRConfig) -> torch.Tensor:
+    cells1 = torch.arange(coarse.nearest.nearest10.shape[1])
+    return pair_confidence(
+        coarse.scores, torch.zeros_like(cells1), coarse.nearest.nearest10[0], cells1, config
+    )[None]
 
 
 def _match(model: EfficientLoFTR, image0: torch.Tensor, image1: torch.Tensor, **masks: torch.Tensor) -> dict:

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models and images that tests share."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
 from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig
+from eloftr_ops.model.coarse import match_cells, score_cells
+from eloftr_ops.types import CoarseOutput, Features
 
 TINY = EfficientLoFTRConfig(
     stage_channels=(8, 12, 16, 32),
@@ -61,3 +65,22 @@ def put_for_pretrained(
         return matcher(config).eval()
 
     monkeypatch.setattr(EfficientLoFTR, "from_pretrained", load)
+
+
+class CoarseStage(NamedTuple):
+    """What a matcher knows before it selects a match."""
+
+    features0: Features
+    features1: Features
+    coarse: CoarseOutput
+
+
+def coarse_stage(
+    model: EfficientLoFTR, data: dict[str, torch.Tensor], *, nearest: bool = True
+) -> CoarseStage:
+    """Steps 1 to 3 of ``forward``."""
+    features0, features1 = model.extract_pair(model.check_input(data))
+    score = match_cells if nearest else score_cells
+    masks = features0.coarse_mask, features1.coarse_mask
+    coarse = score(*model.transform(features0, features1), *masks, model.config)
+    return CoarseStage(features0, features1, coarse)

@@ -15,28 +15,27 @@ from eloftr_ops.training.supervision import (
     window_targets_from_homography,
 )
 from eloftr_ops.types import WindowTargets
-from support.models import tiny_model
+from support.models import coarse_stage, tiny_model
 
 
 def test_losses_of_no_pair_are_zero_with_zero_gradient() -> None:
     model = tiny_model().train()
     image = torch.rand(1, 1, 64, 64)
-    features = model.pair_features({"image0": image, "image1": image})
-    maps = model.match_maps(*features, with_best=False)
+    *features, coarse = coarse_stage(model, {"image0": image, "image1": image}, nearest=False)
     none = CoarsePairs(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)))
-    coarse, confidence = coarse_focal_loss(maps.scores, none, model.config)
-    targets = window_targets_from_homography(torch.eye(3)[None], none, *maps.grids)
-    pixel, subpixel = window_losses(*model.fine_maps(*features, maps), none, targets, model.config)
-    assert [x.item() for x in (coarse, confidence, pixel, subpixel)] == [0, 0, 0, 0]
-    (coarse + pixel + subpixel).backward()
+    focal, confidence = coarse_focal_loss(coarse.scores, none, model.config)
+    targets = window_targets_from_homography(torch.eye(3)[None], none, coarse.grid0, coarse.grid1)
+    pixel, subpixel = window_losses(*model.fine_features(*features, coarse), none, targets, model.config)
+    assert [x.item() for x in (focal, confidence, pixel, subpixel)] == [0, 0, 0, 0]
+    (focal + pixel + subpixel).backward()
     assert all(p.grad is None or bool((p.grad == 0).all()) for p in model.parameters())
 
 
 def test_focal_loss_agrees_with_the_dense_confidence_matrix() -> None:
     model = tiny_model(temperature=50.0)  # random features score high: keep the dense softmax representable
     data = {"image0": torch.rand(1, 1, 64, 64), "image1": torch.rand(1, 1, 64, 96)}
-    maps = model.double().match_maps(*model.pair_features({k: v.double() for k, v in data.items()}))
-    scores = maps.scores
+    coarse = coarse_stage(model.double(), {k: v.double() for k, v in data.items()}).coarse
+    scores = coarse.scores
     dense = scores.features0 @ scores.features1.mT / model.config.temperature
     confidence = dense.softmax(1) * dense.softmax(2)
     i, j = torch.tensor([0, 5, 60]), torch.tensor([3, 5, 90])
@@ -68,15 +67,14 @@ def test_true_pairs_of_a_shift_and_their_pixels() -> None:
 def test_reductions_agree() -> None:
     model = tiny_model()
     image = torch.rand(1, 1, 64, 64)
-    features = model.pair_features({"image0": image, "image1": image})
-    maps = model.match_maps(*features, with_best=False)
+    *features, coarse = coarse_stage(model, {"image0": image, "image1": image}, nearest=False)
     cells = torch.arange(0, 64, 3)
     pairs = CoarsePairs(torch.zeros_like(cells), cells, cells)
-    targets = window_targets_from_homography(torch.eye(3)[None], pairs, *maps.grids)
-    fine = model.fine_maps(*features, maps)
+    targets = window_targets_from_homography(torch.eye(3)[None], pairs, coarse.grid0, coarse.grid1)
+    fine = model.fine_features(*features, coarse)
     each = {
         reduction: (
-            *coarse_focal_loss(maps.scores, pairs, model.config, reduction=reduction),
+            *coarse_focal_loss(coarse.scores, pairs, model.config, reduction=reduction),
             *window_losses(*fine, pairs, targets, model.config, reduction=reduction),
         )
         for reduction in ("mean", "sum", "none")
@@ -86,20 +84,20 @@ def test_reductions_agree() -> None:
         torch.testing.assert_close(total, values.sum())
         torch.testing.assert_close(mean, values.mean())
     with pytest.raises(ValueError, match="reduction"):
-        coarse_focal_loss(maps.scores, pairs, model.config, reduction="median")  # type: ignore[arg-type]
+        coarse_focal_loss(coarse.scores, pairs, model.config, reduction="median")  # type: ignore[arg-type]
 
 
 def _with_offset(offset: tuple[float, float], scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Sub-pixel losses, without and with the divergence, of one window pixel whose true offset is given."""
     generator = torch.Generator().manual_seed(0)
-    maps = [scale * torch.randn(1, 12, 8, 8, generator=generator) for _ in range(2)]
+    coarse = [scale * torch.randn(1, 12, 8, 8, generator=generator) for _ in range(2)]
     cell = torch.tensor([3])
     pairs = CoarsePairs(torch.zeros_like(cell), cell, cell)
     visible = torch.zeros(1, 64, dtype=torch.bool)
     visible[0, 27] = True
     targets = WindowTargets(visible, torch.full((1, 64), 27), torch.tensor(offset).expand(1, 64, 2))
     config = tiny_model().config
-    return tuple(window_losses(*maps, pairs, targets, config, divergence=w)[1] for w in (0.0, 1.0))  # type: ignore[return-value]
+    return tuple(window_losses(*coarse, pairs, targets, config, divergence=w)[1] for w in (0.0, 1.0))  # type: ignore[return-value]
 
 
 def test_the_divergence_is_that_from_bilinear_weights() -> None:

@@ -22,7 +22,7 @@ def authors_state(model, prefix=""):
 @pytest.mark.parametrize("form", ["training", "fused"])
 def test_the_shapes_tell_the_architecture(tmp_path, form, prefix, suffix):
     model = tiny_model(CONFIG)
-    model = model.fuse() if form == "fused" else model
+    model = model.fused() if form == "fused" else model
     state = authors_state(model, prefix)
     path = tmp_path / f"eloftr{suffix}"
     if suffix == ".safetensors":

@@ -10,6 +10,7 @@ from transformers import EfficientLoFTRForKeypointMatching as TheirModel
 
 from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig
 from eloftr_ops.weights import load_pretrained
+from support.models import coarse_stage
 from support.weights import image_pair, randomise, same_weights, tiny_config, tiny_model
 
 # transformers does not round its rotary tables to float16.
@@ -28,7 +29,7 @@ def theirs_of(model, folder):
 
 @torch.no_grad()
 def coarse_features(ours, theirs, images):
-    maps = ours.match_maps(*ours.pair_features({"image0": images[:1], "image1": images[1:]}))
+    maps = coarse_stage(ours, {"image0": images[:1], "image1": images[1:]}).coarse
     stacked = theirs.efficientloftr(images.expand(2, 3, -1, -1)[None]).feature_maps[0]
     return (maps.coarse0, maps.coarse1), stacked.unbind(1)
 
@@ -120,7 +121,7 @@ def test_absent_fields_are_the_full_model():
 
 def test_models_that_transformers_cannot_hold_are_refused(tmp_path):
     with pytest.raises(ValueError, match="transformers has no re-parameterised blocks"):
-        tiny_model().fuse().save_pretrained(tmp_path / "folder", layout="transformers")
+        tiny_model().fused().save_pretrained(tmp_path / "folder", layout="transformers")
     with pytest.raises(ValueError, match=r"transformers has no position_scale; expected \(1.0, 1.0\)"):
         tiny_model(tiny_config(position_scale=(0.5, 0.5))).save_pretrained(tmp_path, layout="transformers")
     assert not (tmp_path / "folder").exists()

@@ -23,7 +23,7 @@ def contents(folder):
 @pytest.mark.parametrize("layout", ["eloftr_ops", "authors"])
 def test_a_saved_folder_is_the_same_model(tmp_path, layout, form):
     model = tiny_model(tiny_config(**CHANGED))
-    model = model.fuse() if form == "fused" else model
+    model = model.fused() if form == "fused" else model
     model.save_pretrained(tmp_path / "deep" / "folder", layout=layout)
     loaded = EfficientLoFTR.from_pretrained(tmp_path / "deep" / "folder")
     assert same_weights(loaded, model)
