@@ -116,14 +116,14 @@ def fundamental_cases() -> list[Case]:
 def _ours_homography(robust: str | None = None) -> Estimator:
     def estimate(x0: Tensor, x1: Tensor) -> tuple[Tensor, bool | None]:
         index = torch.zeros(x0.shape[0], dtype=torch.long)
-        result = homography_from_matches(x0, x1, index, 1, robust=robust)
+        result = homography_from_matches(x0, x1, index, batch_size=1, robust=robust)
         return result.H_0to1, bool(result.valid)
 
     return estimate
 
 
 def _ours_fundamental(x0: Tensor, x1: Tensor) -> tuple[Tensor, bool | None]:
-    result = fundamental_from_matches(x0, x1, torch.zeros(x0.shape[0], dtype=torch.long), 1)
+    result = fundamental_from_matches(x0, x1, torch.zeros(x0.shape[0], dtype=torch.long), batch_size=1)
     return result.F_0to1, bool(result.valid)
 
 

@@ -248,10 +248,10 @@ def table(record: dict[str, Any]) -> str:
 
 def _homography_errors(batch: HomographyBatch, points: Points, confidence: Tensor) -> list[Tensor]:
     count, size = len(batch.image0), (batch.image0.shape[-2], batch.image0.shape[-1])
-    consensus = estimate_robust(*points, count, model="homography")
+    consensus = estimate_robust(*points, batch_size=count, model="homography")
     found = [(consensus.model_0to1, consensus.valid)]
     for kernel in ("cauchy", None):
-        estimate = homography_from_matches(*points, count, confidence, robust=kernel)
+        estimate = homography_from_matches(*points, batch_size=count, weights=confidence, robust=kernel)
         found.insert(0, (estimate.H_0to1, estimate.valid))
     return [
         torch.where(valid, corner_error_loss(H, batch.H_0to1, size, reduction="none"), torch.inf)
@@ -260,10 +260,12 @@ def _homography_errors(batch: HomographyBatch, points: Points, confidence: Tenso
 
 
 def _pose_errors(batch: SceneBatch, points: Points, confidence: Tensor) -> list[Tensor]:
-    consensus = estimate_robust(*points, len(batch.K0), model="pose", K0=batch.K0, K1=batch.K1)
+    consensus = estimate_robust(*points, batch_size=len(batch.K0), model="pose", K0=batch.K0, K1=batch.K1)
     found = [(consensus.model_0to1, consensus.valid)]
     for kernel in ("cauchy", None):
-        estimate = relative_pose_from_matches(*points, batch.K0, batch.K1, confidence, robust=kernel)
+        estimate = relative_pose_from_matches(
+            *points[:2], batch.K0, batch.K1, points[2], weights=confidence, robust=kernel
+        )
         found.insert(0, (estimate.T_0to1, estimate.valid))
     errors = []
     for T, valid in found:

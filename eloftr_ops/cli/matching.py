@@ -243,7 +243,7 @@ def _robust_model(
         keypoints0.double(),
         keypoints1.double(),
         torch.zeros(len(keypoints0), dtype=torch.int64),
-        1,
+        batch_size=1,
         model=settings.model.value,
         threshold=settings.inlier_threshold,
     )

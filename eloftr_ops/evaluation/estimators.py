@@ -173,13 +173,21 @@ def _recovered(E: _Array, mask: Any, points0: _Array, points1: _Array, camera: _
 def _project_pose(x0: Tensor, x1: Tensor, K: Tensor, threshold: float) -> Tensor | None:
     indexes = torch.zeros(len(x0), dtype=torch.int64)
     start = estimate_robust(
-        x0, x1, indexes, 1, model="pose", K0=K[None], K1=K[None], threshold=threshold, confidence=_CONFIDENCE
+        x0,
+        x1,
+        indexes,
+        batch_size=1,
+        model="pose",
+        K0=K[None],
+        K1=K[None],
+        threshold=threshold,
+        confidence=_CONFIDENCE,
     )
     if not start.valid.item():
         return None
     kept = start.inliers
     refined = relative_pose_from_matches(
-        x0[kept], x1[kept], indexes[kept], K[None], K[None], initial_0to1=start.model_0to1
+        x0[kept], x1[kept], K[None], K[None], indexes[kept], initial_0to1=start.model_0to1
     )
     return (refined.T_0to1 if refined.valid.item() else start.model_0to1)[0]
 
@@ -187,12 +195,12 @@ def _project_pose(x0: Tensor, x1: Tensor, K: Tensor, threshold: float) -> Tensor
 def _project_homography(x0: Tensor, x1: Tensor, threshold: float) -> Tensor | None:
     indexes = torch.zeros(len(x0), dtype=torch.int64)
     start = estimate_robust(
-        x0, x1, indexes, 1, model="homography", threshold=threshold, confidence=_CONFIDENCE
+        x0, x1, indexes, batch_size=1, model="homography", threshold=threshold, confidence=_CONFIDENCE
     )
     if not start.valid.item():
         return None
     kept = start.inliers
     refined = homography_from_matches(
-        x0[kept], x1[kept], indexes[kept], 1, refine_steps=20, initial_0to1=start.model_0to1
+        x0[kept], x1[kept], indexes[kept], batch_size=1, refine_steps=20, initial_0to1=start.model_0to1
     )
     return (refined.H_0to1 if refined.valid.item() else start.model_0to1)[0]

@@ -1,10 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks of the geometry functions and losses, run once at the public layer."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from eloftr_ops.geometry._linalg import work_dtype
+from eloftr_ops.geometry._linalg import unit_magnitude, work_dtype
+
+
+def check_floats(name: str, value: Any) -> None:
+    """Raise unless `value` is a tensor of a floating point dtype."""
+    check_tensor(name, value)
+    if not torch.is_floating_point(value):
+        raise TypeError(f"{name}: expected a floating point dtype, got {value.dtype}; call .float() first")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raise unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def batch_size_of(name: str, value: Any) -> int:
+    """Return the number of pairs of a tensor `(B, ...)`, or raise."""
+    check_tensor(name, value)
+    if value.ndim == 0 or value.shape[0] < 1:
+        raise ValueError(f"{name}: expected one entry per image pair, (B, ...), got {tuple(value.shape)}")
+    return int(value.shape[0])
 
 
 def check_matches(
@@ -25,8 +48,7 @@ def check_matches(
 
 def check_weights(weights: Tensor, count: int) -> None:
     """Raise unless `weights` is `(count,)`, floating point, finite and nowhere negative."""
-    if not torch.is_floating_point(weights):
-        raise TypeError(f"weights: expected a floating point dtype, got {weights.dtype}; call .float() first")
+    check_floats("weights", weights)
     if weights.shape != (count,):
         raise ValueError(f"weights: expected shape (M,) = ({count},), got {tuple(weights.shape)}")
     bad = ~(torch.isfinite(weights) & (weights >= 0))
@@ -40,8 +62,7 @@ def check_weights(weights: Tensor, count: int) -> None:
 
 def check_matrices(name: str, matrices: Tensor, batch_size: int, rows: int = 3) -> None:
     """Raise unless `matrices` is `(batch_size, rows, rows)`, floating point and finite."""
-    if not torch.is_floating_point(matrices):
-        raise TypeError(f"{name}: expected a floating point dtype, got {matrices.dtype}")
+    check_floats(name, matrices)
     if matrices.shape != (batch_size, rows, rows):
         raise ValueError(
             f"{name}: expected shape (B, {rows}, {rows}) = ({batch_size}, {rows}, {rows}), "
@@ -57,7 +78,7 @@ def check_matrices(name: str, matrices: Tensor, batch_size: int, rows: int = 3) 
 def check_intrinsics(name: str, intrinsics: Tensor, batch_size: int) -> None:
     """Raise unless `intrinsics` is `(batch_size, 3, 3)`, finite and safely invertible."""
     check_matrices(name, intrinsics, batch_size)
-    K = intrinsics.detach().to(work_dtype(intrinsics.device))
+    K = unit_magnitude(intrinsics.detach().to(work_dtype(intrinsics.device)), (1, 2))
     rows = torch.linalg.vector_norm(K, dim=-1).clamp_min(torch.finfo(K.dtype).tiny)
     # Hadamard's ratio: 1 for orthogonal rows, 0 for a singular matrix, whatever the focal length.
     singular = torch.linalg.det(K / rows[..., None]).abs() < 1e-9
@@ -81,10 +102,7 @@ def check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) 
 
 
 def _check_keypoints(name: str, keypoints: Tensor) -> None:
-    if not torch.is_floating_point(keypoints):
-        raise TypeError(
-            f"{name}: expected a floating point dtype, got {keypoints.dtype}; call .float() first"
-        )
+    check_floats(name, keypoints)
     if keypoints.ndim != 2 or keypoints.shape[1] != 2:
         raise ValueError(f"{name}: expected shape (M, 2), got {tuple(keypoints.shape)}")
     bad = ~torch.isfinite(keypoints).all(1)
@@ -96,6 +114,9 @@ def _check_keypoints(name: str, keypoints: Tensor) -> None:
 
 
 def _check_batch_indexes(batch_indexes: Tensor, count: int, batch_size: int) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size: expected an int, got {type(batch_size).__name__}")
+    check_tensor("batch_indexes", batch_indexes)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if batch_indexes.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):

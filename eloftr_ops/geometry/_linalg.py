@@ -35,6 +35,22 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def power_of_two(values: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Return the power of two of the largest magnitude over `dim`, kept as sizes of one; no gradient.
+
+    Dividing by a power of two is exact. Where all values are zero it is 1.
+    """
+    largest = values.detach().abs().amax(dim, keepdim=True)
+    smallest = math.frexp(torch.finfo(values.dtype).tiny)[1] - 1
+    exponent = torch.where(largest > 0, torch.frexp(largest)[1] - 1, 0).clamp_min(smallest)
+    return torch.ldexp(torch.ones_like(largest), exponent)
+
+
+def unit_magnitude(values: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Divide by the power of two of the largest magnitude over `dim`: entries in (-2, 2), no overflow."""
+    return values / power_of_two(values, dim)
+
+
 def safe_norm(vectors: Tensor) -> Tensor:
     """Euclidean norm over the last dimension with gradient zero, not NaN, at the zero vector."""
     squared = vectors.square().sum(-1)

@@ -23,6 +23,19 @@ class PaddedMatches(NamedTuple):
         return values.flatten()[self.slots]
 
 
+def canonical_order(index: Tensor, points0: Tensor, points1: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Order of matches by pair, then by coordinates and weight, whatever order they came in.
+
+    Sums and samples that follow it do not depend on the order of the matches. Matches that tie are equal.
+    """
+    keys = [*points0.detach().unbind(1), *points1.detach().unbind(1)]
+    keys += [] if weights is None else [weights.detach()]
+    order = torch.arange(index.shape[0], device=index.device)
+    for key in [*reversed(keys), index]:
+        order = order[torch.argsort(key[order], stable=True)]
+    return order
+
+
 def pad_matches(
     keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Tensor, batch_size: int, weights: Tensor | None
 ) -> PaddedMatches:
@@ -41,7 +54,7 @@ def pad_matches(
     work = work_dtype(keypoints0.device)
     index = batch_indexes.long()
     counts = torch.bincount(index, minlength=batch_size)
-    order = torch.argsort(index, stable=True)
+    order = canonical_order(index, keypoints0, keypoints1, weights)
     starts = counts.cumsum(0) - counts
     rank = torch.empty_like(index)
     rank[order] = torch.arange(index.shape[0], device=index.device) - starts[index[order]]

@@ -11,22 +11,23 @@ from torch import Tensor
 
 from eloftr_ops.geometry._checks import check_choice, check_intrinsics, check_matches, check_scale
 from eloftr_ops.geometry._eight_point import nearest_essential, with_fixed_sign
-from eloftr_ops.geometry._linalg import result_dtype
-from eloftr_ops.geometry._ragged import pad_matches
+from eloftr_ops.geometry._linalg import result_dtype, skew
+from eloftr_ops.geometry._ragged import canonical_order, pad_matches
 from eloftr_ops.geometry.fundamental import fundamental_from_matches
 from eloftr_ops.geometry.homography import homography_from_matches
 from eloftr_ops.geometry.pose import choose_motion, relative_pose_from_matches, to_camera
 
 __all__ = ["ConsensusEstimate", "estimate_robust"]
 
-_SAMPLE_SIZE = {"homography": 4, "fundamental": 7, "pose": 5}
+_SAMPLE_SIZE = {"homography": 4, "fundamental": 7, "essential": 5, "pose": 5}
+_CALIBRATED = ("essential", "pose")
 _Solver = Callable[[np.ndarray, np.ndarray, int], tuple[Any, Any]]
 
 
 class ConsensusEstimate(NamedTuple):
     """Models of B pairs and the matches that agree with them. Nothing here carries a gradient."""
 
-    model_0to1: Tensor  # (B, 3, 3) homography or fundamental matrix, or (B, 4, 4) pose
+    model_0to1: Tensor  # (B, 3, 3) homography, fundamental or essential matrix, or (B, 4, 4) pose
     valid: Tensor  # (B,) bool: a model was found and its inliers determine one
     inliers: (
         Tensor  # (M,) bool, in the order of the matches; False for every match of a pair that is not valid
@@ -37,8 +38,8 @@ def estimate_robust(
     keypoints0: Tensor,
     keypoints1: Tensor,
     batch_indexes: Tensor,
-    batch_size: int,
     *,
+    batch_size: int,
     model: str,
     K0: Tensor | None = None,
     K1: Tensor | None = None,
@@ -53,12 +54,14 @@ def estimate_robust(
     differentiable estimators: pass them as `initial_0to1` and the inliers as weights.
 
     Convention:
-        - Direction and frames: as `homography_from_matches`, `fundamental_from_matches` and
-          `relative_pose_from_matches`, whose normalisation the models have.
+        - Direction and frames: as `homography_from_matches`, `fundamental_from_matches`,
+          `essential_from_matches` and `relative_pose_from_matches`, whose normalisation the models have.
         - Units: threshold in pixels: transfer error for a homography, distance to the epipolar line
           otherwise.
         - Degenerate input: too few matches, or inliers that do not determine the model (collinear, repeated),
-          give `valid=False`, the identity (the zero matrix for a fundamental matrix) and no inliers.
+          give `valid=False`, the identity (the zero matrix for a fundamental or essential matrix) and no
+          inliers. So does a pair at which OpenCV itself raises an error; the other pairs keep their results.
+        - Order: the result does not depend on the order of the matches.
         - Gradient: none; the inputs are detached.
         - Randomness: from `seed` alone; no global random state is read or changed.
 
@@ -67,9 +70,9 @@ def estimate_robust(
         keypoints1: `(M, 2)` in image 1, pixels.
         batch_indexes: `(M,)` integers in [0, batch_size), in any order.
         batch_size: B, the number of pairs.
-        model: "homography", "fundamental" or "pose".
-        K0: `(B, 3, 3)` intrinsics of camera 0; needed for "pose" only.
-        K1: `(B, 3, 3)` intrinsics of camera 1; needed for "pose" only.
+        model: "homography", "fundamental", "essential" or "pose".
+        K0: `(B, 3, 3)` intrinsics of camera 0; needed for "essential" and "pose".
+        K1: `(B, 3, 3)` intrinsics of camera 1; needed for "essential" and "pose".
         threshold: largest error of an inlier.
         confidence: in (0, 1), the probability with which to find the best model.
         max_iterations: the most samples per pair.
@@ -85,31 +88,51 @@ def estimate_robust(
         TypeError: integer keypoints, floating point batch indexes.
     """
     check_matches(keypoints0, keypoints1, batch_indexes, batch_size, None)
-    check_choice("model", model, tuple(_SAMPLE_SIZE))
-    check_scale("threshold", threshold)
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
-    if model == "pose" and (K0 is None or K1 is None):
-        raise ValueError("K0, K1: expected intrinsics (B, 3, 3) for model='pose', got None")
-    for name, K in (("K0", K0), ("K1", K1)):
-        if model == "pose" and K is not None:
-            check_intrinsics(name, K, batch_size)
+    _check_options(model, threshold, confidence, max_iterations)
+    _check_cameras(model, K0, K1, batch_size)
     parameters = _parameters(threshold, confidence, max_iterations, seed)
     solver = _solver(model, parameters, K0, K1)
     matrices = torch.eye(3, dtype=torch.float64).repeat(batch_size, 1, 1)
     inliers = torch.zeros(keypoints0.shape[0], dtype=torch.bool)
     index = batch_indexes.detach().cpu().long()
-    points0, points1 = (p.detach().cpu().double().numpy() for p in (keypoints0, keypoints1))
-    for pair in range(batch_size):
-        rows = (index == pair).nonzero()[:, 0]
+    points0, points1 = (p.detach().cpu().double() for p in (keypoints0, keypoints1))
+    order = canonical_order(index, points0, points1)
+    counts = torch.bincount(index, minlength=batch_size).tolist()
+    for pair, rows in enumerate(order.split(counts)):
         if rows.shape[0] < _SAMPLE_SIZE[model]:
             continue
-        matrix, mask = solver(points0[rows.numpy()], points1[rows.numpy()], pair)
+        matrix, mask = _attempt(solver, points0[rows].numpy(), points1[rows].numpy(), pair)
         if matrix is not None and matrix.shape == (3, 3) and np.isfinite(matrix).all():
             matrices[pair] = torch.from_numpy(matrix)
             inliers[rows] = torch.from_numpy(mask.ravel() > 0)
     kept = (keypoints0.detach(), keypoints1.detach(), batch_indexes, inliers.to(keypoints0.device))
     return _judged(model, matrices.to(keypoints0.device), kept, K0, K1)
+
+
+def _check_options(model: str, threshold: float, confidence: float, max_iterations: int) -> None:
+    check_choice("model", model, tuple(_SAMPLE_SIZE))
+    check_scale("threshold", threshold)
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations: expected at least 1, got {max_iterations}")
+
+
+def _check_cameras(model: str, K0: Tensor | None, K1: Tensor | None, batch_size: int) -> None:
+    if model not in _CALIBRATED:
+        return
+    if K0 is None or K1 is None:
+        raise ValueError(f"K0, K1: expected intrinsics (B, 3, 3) for model={model!r}, got None")
+    check_intrinsics("K0", K0, batch_size)
+    check_intrinsics("K1", K1, batch_size)
+
+
+def _attempt(solver: _Solver, x0: np.ndarray, x1: np.ndarray, pair: int) -> tuple[Any, Any]:
+    """Return what OpenCV finds for one pair; nothing where it raises, as it does at repeated points."""
+    try:
+        return solver(x0, x1, pair)
+    except cv2.error:
+        return None, None
 
 
 def _parameters(threshold: float, confidence: float, max_iterations: int, seed: int) -> Any:
@@ -156,21 +179,28 @@ def _judged(
     weights = inliers.to(keypoints0.dtype)
     dtype = result_dtype(keypoints0.dtype)
     with torch.no_grad():
-        if K0 is not None and K1 is not None and model == "pose":
+        if K0 is not None and K1 is not None and model in _CALIBRATED:
             result, front = _poses(matrices, matches, weights, K0, K1)
             estimate = relative_pose_from_matches(
-                *matches, K0, K1, weights, refine_steps=1, initial_0to1=result
+                *matches[:2], K0, K1, matches[2], weights=weights, refine_steps=1, initial_0to1=result
             )
             valid, empty = estimate.valid & front, torch.eye(4, dtype=dtype, device=matrices.device)
+            if model == "essential":
+                result, empty = (
+                    with_fixed_sign(skew(result[:, :3, 3]) @ result[:, :3, :3]),
+                    0.0 * empty[:3, :3],
+                )
         elif model == "homography":
             root = torch.linalg.det(matrices)
             root = root.sign() * root.abs().pow(1.0 / 3.0)
             result = matrices / torch.where(root == 0, 1.0, root)[:, None, None]
-            valid = homography_from_matches(*matches, batch_size, weights).valid & (root != 0)
+            valid = homography_from_matches(*matches, batch_size=batch_size, weights=weights).valid & (
+                root != 0
+            )
             empty = torch.eye(3, dtype=dtype, device=matrices.device)
         else:
             result = with_fixed_sign(matrices)
-            valid = fundamental_from_matches(*matches, batch_size, weights).valid
+            valid = fundamental_from_matches(*matches, batch_size=batch_size, weights=weights).valid
             empty = torch.zeros(3, 3, dtype=dtype, device=matrices.device)
         chosen = torch.where(valid[:, None, None], result.to(dtype), empty)
         return ConsensusEstimate(chosen, valid, inliers & valid[batch_indexes.long()])

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two pixel frames in use, and the way between them."""
 
-import torch
 from torch import Tensor
+
+from eloftr_ops.geometry._checks import check_floats
 
 __all__ = ["from_integer_centers", "to_integer_centers"]
 
@@ -49,10 +50,7 @@ def from_integer_centers(keypoints: Tensor) -> Tensor:
 
 
 def _shifted(keypoints: Tensor, offset: float) -> Tensor:
+    check_floats("keypoints", keypoints)
     if keypoints.ndim == 0 or keypoints.shape[-1] != 2:
         raise ValueError(f"keypoints: expected shape (..., 2), got {tuple(keypoints.shape)}")
-    if not torch.is_floating_point(keypoints):
-        raise TypeError(
-            f"keypoints: expected a floating point dtype, got {keypoints.dtype}; call .float() first"
-        )
     return keypoints + offset

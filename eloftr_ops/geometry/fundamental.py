@@ -8,6 +8,7 @@ from torch import Tensor
 
 from eloftr_ops.geometry._charts import FundamentalChart
 from eloftr_ops.geometry._checks import (
+    batch_size_of,
     check_choice,
     check_intrinsics,
     check_matches,
@@ -51,9 +52,9 @@ def fundamental_from_matches(
     keypoints0: Tensor,
     keypoints1: Tensor,
     batch_indexes: Tensor,
+    *,
     batch_size: int,
     weights: Tensor | None = None,
-    *,
     robust: str | None = None,
     robust_scale: float = 1.0,
     refine_steps: int | None = None,
@@ -147,7 +148,7 @@ def fundamental_from_pose(T_0to1: Tensor, K0: Tensor, K1: Tensor) -> Tensor:
         ValueError: shapes that do not fit, non-finite entries, intrinsics that are not invertible.
         TypeError: an integer dtype.
     """
-    check_matrices("T_0to1", T_0to1, T_0to1.shape[0] if T_0to1.ndim else 0, rows=4)
+    check_matrices("T_0to1", T_0to1, batch_size_of("T_0to1", T_0to1), rows=4)
     check_intrinsics("K0", K0, T_0to1.shape[0])
     check_intrinsics("K1", K1, T_0to1.shape[0])
     work = work_dtype(T_0to1.device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eloftr_ops.geometry._charts import HomographyChart
-from eloftr_ops.geometry._checks import check_choice, check_matches, check_matrices, check_scale
+from eloftr_ops.geometry._checks import check_choice, check_floats, check_matches, check_matrices, check_scale
 from eloftr_ops.geometry._linalg import (
     LEAST_GAP,
     ROUNDINGS,
@@ -16,6 +16,7 @@ from eloftr_ops.geometry._linalg import (
     normalise_points,
     result_dtype,
     smallest_eigenvector,
+    unit_magnitude,
     work_dtype,
 )
 from eloftr_ops.geometry._ragged import PaddedMatches, pad_matches
@@ -60,9 +61,9 @@ def homography_from_matches(
     keypoints0: Tensor,
     keypoints1: Tensor,
     batch_indexes: Tensor,
+    *,
     batch_size: int,
     weights: Tensor | None = None,
-    *,
     robust: str | None = None,
     robust_scale: float = 2.0,
     refine_steps: int | None = None,
@@ -150,19 +151,24 @@ def apply_homography(H_0to1: Tensor, points0: Tensor) -> Tensor:
         points0: `(B, N, 2)`.
 
     Returns:
-        `(B, N, 2)`.
+        `(B, N, 2)`, the wider of the two dtypes, at least float32. Autocast does not change it.
 
     Raises:
         ValueError: shapes that do not fit.
+        TypeError: no tensor, an integer dtype.
     """
+    check_floats("points0", points0)
+    check_floats("H_0to1", H_0to1)
     if points0.ndim != 3 or points0.shape[2] != 2:
         raise ValueError(f"points0: expected shape (B, N, 2), got {tuple(points0.shape)}")
     if H_0to1.shape != (points0.shape[0], 3, 3):
         raise ValueError(
             f"H_0to1: expected shape (B, 3, 3) with B = {points0.shape[0]}, got {tuple(H_0to1.shape)}"
         )
-    x = homogeneous(points0)
-    return (x @ H_0to1[:, :2].mT) / guarded_depth(H_0to1[:, None, 2], x)[..., None]
+    dtype = result_dtype(torch.promote_types(H_0to1.dtype, points0.dtype))
+    with torch.autocast(points0.device.type, enabled=False):
+        H, x = unit_magnitude(H_0to1.to(dtype), (1, 2)), homogeneous(points0.to(dtype))
+        return (x @ H[:, :2].mT) / guarded_depth(H[:, None, 2], x)[..., None]
 
 
 def resolve_steps(refine_steps: int | None, robust: str | None, has_initial: bool) -> int:

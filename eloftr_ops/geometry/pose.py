@@ -8,6 +8,7 @@ from torch import Tensor
 
 from eloftr_ops.geometry._charts import PoseChart
 from eloftr_ops.geometry._checks import (
+    batch_size_of,
     check_choice,
     check_intrinsics,
     check_matches,
@@ -76,11 +77,11 @@ class _Motion(NamedTuple):
 def relative_pose_from_matches(
     keypoints0: Tensor,
     keypoints1: Tensor,
-    batch_indexes: Tensor,
     K0: Tensor,
     K1: Tensor,
-    weights: Tensor | None = None,
+    batch_indexes: Tensor,
     *,
+    weights: Tensor | None = None,
     robust: str | None = None,
     robust_scale: float = 1.0,
     refine_steps: int = 20,
@@ -112,9 +113,9 @@ def relative_pose_from_matches(
     Args:
         keypoints0: `(M, 2)` in image 0, pixels.
         keypoints1: `(M, 2)` in image 1, pixels.
-        batch_indexes: `(M,)` integers in [0, B), in any order.
         K0: `(B, 3, 3)` intrinsics of camera 0; B is the number of pairs.
         K1: `(B, 3, 3)` intrinsics of camera 1.
+        batch_indexes: `(M,)` integers in [0, B), in any order.
         weights: `(M,)`, finite, >= 0; None for ones.
         robust: None, "cauchy" or "geman_mcclure".
         robust_scale: Sampson error in pixels (at the mean focal length) at which a match starts to count as
@@ -152,11 +153,11 @@ def relative_pose_from_matches(
 def essential_from_matches(
     keypoints0: Tensor,
     keypoints1: Tensor,
-    batch_indexes: Tensor,
     K0: Tensor,
     K1: Tensor,
-    weights: Tensor | None = None,
+    batch_indexes: Tensor,
     *,
+    weights: Tensor | None = None,
     robust: str | None = None,
     robust_scale: float = 1.0,
     refine_steps: int = 20,
@@ -175,9 +176,9 @@ def essential_from_matches(
     Args:
         keypoints0: `(M, 2)` in image 0, pixels.
         keypoints1: `(M, 2)` in image 1, pixels.
-        batch_indexes: `(M,)` integers in [0, B), in any order.
         K0: `(B, 3, 3)` intrinsics of camera 0.
         K1: `(B, 3, 3)` intrinsics of camera 1.
+        batch_indexes: `(M,)` integers in [0, B), in any order.
         weights: `(M,)`, finite, >= 0; None for ones.
         robust: None, "cauchy" or "geman_mcclure".
         robust_scale: Sampson error in pixels at which a match starts to count as an outlier.
@@ -215,7 +216,7 @@ def _estimate_motion(
 ) -> _Motion:
     K0, K1 = intrinsics
     robust, robust_scale = kernel
-    batch_size = K0.shape[0] if K0.ndim else 0
+    batch_size = batch_size_of("K0", K0)
     check_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
     check_intrinsics("K0", K0, batch_size)
     check_intrinsics("K1", K1, batch_size)

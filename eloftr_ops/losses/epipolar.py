@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from eloftr_ops.geometry._checks import check_matches, check_matrices
+from eloftr_ops.geometry._checks import batch_size_of, check_matches, check_matrices
 from eloftr_ops.geometry._linalg import result_dtype, work_dtype
 from eloftr_ops.geometry._residuals import SampsonResidual, line_distances
 from eloftr_ops.geometry.fundamental import fundamental_from_pose
@@ -170,7 +170,7 @@ def _prepared(
     keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Tensor, F_0to1: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check, and return one matrix `(M, 3, 3)` and one point `(M, 1, 2)` of each image per match."""
-    batch_size = F_0to1.shape[0] if F_0to1.ndim else 0
+    batch_size = batch_size_of("F_0to1", F_0to1)
     check_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
     check_matrices("F_0to1", F_0to1, batch_size)
     work = work_dtype(keypoints0.device)

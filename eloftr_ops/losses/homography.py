@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from eloftr_ops.geometry._checks import check_matches, check_matrices
+from eloftr_ops.geometry._checks import batch_size_of, check_matches, check_matrices
 from eloftr_ops.geometry._linalg import adjugate, result_dtype, work_dtype
 from eloftr_ops.geometry.homography import apply_homography
 from eloftr_ops.losses._reduction import (
@@ -59,7 +59,7 @@ def corner_error_loss(
         TypeError: an integer dtype.
     """
     check_options(smoothing, saturation, reduction)
-    batch_size = H_0to1.shape[0] if H_0to1.ndim else 0
+    batch_size = batch_size_of("H_0to1", H_0to1)
     check_matrices("H_0to1", H_0to1, batch_size)
     check_matrices("H_gt_0to1", H_gt_0to1, batch_size)
     height, width = size_hw
@@ -120,7 +120,7 @@ def symmetric_transfer_loss(
         TypeError: integer keypoints or weights.
     """
     check_options(smoothing, saturation, reduction)
-    batch_size = H_0to1.shape[0] if H_0to1.ndim else 0
+    batch_size = batch_size_of("H_0to1", H_0to1)
     check_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
     check_matrices("H_0to1", H_0to1, batch_size)
     work = work_dtype(keypoints0.device)
@@ -214,7 +214,7 @@ def cycle_consistency_loss(
         ValueError: shapes that do not fit, non-finite entries, an option out of range.
         TypeError: an integer dtype.
     """
-    batch_size = H_0to1.shape[0] if H_0to1.ndim else 0
+    batch_size = batch_size_of("H_0to1", H_0to1)
     check_matrices("H_0to1", H_0to1, batch_size)
     check_matrices("H_1to0", H_1to0, batch_size)
     work = work_dtype(H_0to1.device)

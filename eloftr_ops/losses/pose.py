@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from eloftr_ops.geometry._checks import check_matrices
+from eloftr_ops.geometry._checks import batch_size_of, check_matrices
 from eloftr_ops.geometry._linalg import result_dtype, safe_norm, safe_normalise, work_dtype
 from eloftr_ops.losses._reduction import check_options, reduce_pairs, saturated, smooth_distance
 
@@ -33,7 +33,7 @@ def rotation_angle(R_a: Tensor, R_b: Tensor) -> Tensor:
         ValueError: shapes that do not fit, non-finite entries.
         TypeError: an integer dtype.
     """
-    batch_size = R_a.shape[0] if R_a.ndim else 0
+    batch_size = batch_size_of("R_a", R_a)
     check_matrices("R_a", R_a, batch_size)
     check_matrices("R_b", R_b, batch_size)
     work = work_dtype(R_a.device)
@@ -116,7 +116,7 @@ def pose_loss(
         TypeError: an integer dtype.
     """
     check_options(smoothing, saturation, reduction)
-    batch_size = T_0to1.shape[0] if T_0to1.ndim else 0
+    batch_size = batch_size_of("T_0to1", T_0to1)
     check_matrices("T_0to1", T_0to1, batch_size, rows=4)
     check_matrices("T_gt_0to1", T_gt_0to1, batch_size, rows=4)
     if min(rotation_weight, translation_weight) < 0:

@@ -92,8 +92,8 @@ def homography_objective_of_matches(
         matches.keypoints0,
         matches.keypoints1,
         matches.batch_indexes,
-        len(H_gt_0to1),
-        matches.confidence,
+        batch_size=len(H_gt_0to1),
+        weights=matches.confidence,
         robust=config.robust,
         robust_scale=config.robust_scale,
     )
@@ -150,10 +150,10 @@ def pose_objective_of_matches(
     estimate = relative_pose_from_matches(
         matches.keypoints0,
         matches.keypoints1,
-        matches.batch_indexes,
         K0,
         K1,
-        matches.confidence,
+        matches.batch_indexes,
+        weights=matches.confidence,
         robust=config.robust,
         robust_scale=config.robust_scale,
     )

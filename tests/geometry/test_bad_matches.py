@@ -1,27 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input is an error that names the argument; what is merely ill-posed is a flag."""
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
 
 from eloftr_ops.geometry import (
+    apply_homography,
     essential_from_matches,
+    estimate_robust,
     fundamental_from_matches,
     fundamental_from_pose,
     homography_from_matches,
     relative_pose_from_matches,
 )
-from eloftr_ops.losses import sampson_loss, symmetric_epipolar_loss, symmetric_transfer_loss
+from eloftr_ops.losses import (
+    corner_error_loss,
+    pose_loss,
+    sampson_loss,
+    symmetric_epipolar_loss,
+    symmetric_transfer_loss,
+)
 from support.two_view import intrinsics, planar_scene, scene
 
 K = intrinsics(500.0).expand(2, 3, 3)
 MATRIX = torch.eye(3, dtype=torch.float64).expand(2, 3, 3)
 TAKERS = {
-    "homography": lambda x0, x1, i, w=None: homography_from_matches(x0, x1, i, 2, w),
-    "fundamental": lambda x0, x1, i, w=None: fundamental_from_matches(x0, x1, i, 2, w),
-    "essential": lambda x0, x1, i, w=None: essential_from_matches(x0, x1, i, K, K, w),
-    "pose": lambda x0, x1, i, w=None: relative_pose_from_matches(x0, x1, i, K, K, w),
+    "homography": lambda x0, x1, i, w=None: homography_from_matches(x0, x1, i, batch_size=2, weights=w),
+    "fundamental": lambda x0, x1, i, w=None: fundamental_from_matches(x0, x1, i, batch_size=2, weights=w),
+    "essential": lambda x0, x1, i, w=None: essential_from_matches(x0, x1, K, K, i, weights=w),
+    "pose": lambda x0, x1, i, w=None: relative_pose_from_matches(x0, x1, K, K, i, weights=w),
     "symmetric transfer": lambda x0, x1, i, w=None: symmetric_transfer_loss(x0, x1, i, MATRIX, w),
     "sampson": lambda x0, x1, i, w=None: sampson_loss(x0, x1, i, MATRIX, w),
     "symmetric epipolar": lambda x0, x1, i, w=None: symmetric_epipolar_loss(x0, x1, i, MATRIX, w),
@@ -88,9 +98,9 @@ def test_intrinsics_that_are_not_invertible_name_the_pair(which: int) -> None:
     cameras[which][1, 0, 0] = 0.0
     message = rf"K{which}: expected invertible intrinsics.*batch element 1"
     with pytest.raises(ValueError, match=message):
-        relative_pose_from_matches(*views.matches, *cameras)
+        relative_pose_from_matches(*views.matches[:2], *cameras, views.batch_indexes)
     with pytest.raises(ValueError, match=message):
-        essential_from_matches(*views.matches, *cameras)
+        essential_from_matches(*views.matches[:2], *cameras, views.batch_indexes)
     with pytest.raises(ValueError, match=message):
         fundamental_from_pose(views.T_0to1, *cameras)
 
@@ -105,29 +115,71 @@ def test_short_and_long_focal_lengths_are_invertible() -> None:
 def test_intrinsics_of_another_batch_size_or_not_finite() -> None:
     views = scene(2, 10, seed=3)
     with pytest.raises(ValueError, match=r"K1: expected shape \(B, 3, 3\) = \(2, 3, 3\)"):
-        relative_pose_from_matches(*views.matches, views.K0, views.K1[:1])
+        relative_pose_from_matches(*views.matches[:2], views.K0, views.K1[:1], views.batch_indexes)
     with pytest.raises(ValueError, match="K0: expected finite values"):
-        relative_pose_from_matches(*views.matches, views.K0 * torch.nan, views.K1)
+        relative_pose_from_matches(*views.matches[:2], views.K0 * torch.nan, views.K1, views.batch_indexes)
 
 
 def test_options_out_of_range_are_named() -> None:
     matches = _matches()
     with pytest.raises(ValueError, match="robust: expected one of None, 'cauchy', 'geman_mcclure'"):
-        homography_from_matches(*matches, 2, robust="huber")
+        homography_from_matches(*matches, batch_size=2, robust="huber")
     with pytest.raises(ValueError, match="robust_scale: expected a positive finite number"):
-        homography_from_matches(*matches, 2, robust="cauchy", robust_scale=0.0)
+        homography_from_matches(*matches, batch_size=2, robust="cauchy", robust_scale=0.0)
     with pytest.raises(ValueError, match="refine_steps: expected >= 0"):
-        homography_from_matches(*matches, 2, refine_steps=-1)
+        homography_from_matches(*matches, batch_size=2, refine_steps=-1)
     with pytest.raises(ValueError, match="refine_steps: expected >= 1 with robust='cauchy'"):
-        homography_from_matches(*matches, 2, robust="cauchy", refine_steps=0)
+        homography_from_matches(*matches, batch_size=2, robust="cauchy", refine_steps=0)
     with pytest.raises(ValueError, match="refine_steps: expected >= 1 with an initial estimate"):
-        homography_from_matches(*matches, 2, refine_steps=0, initial_0to1=MATRIX)
+        homography_from_matches(*matches, batch_size=2, refine_steps=0, initial_0to1=MATRIX)
     with pytest.raises(ValueError, match="batch_size: expected at least 1"):
-        homography_from_matches(*matches, 0)
+        homography_from_matches(*matches, batch_size=0)
 
 
 def test_initial_pose_without_translation_is_refused() -> None:
     views = scene(2, 10, seed=4)
     start = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
     with pytest.raises(ValueError, match="initial_0to1: expected a translation, got zero in batch element 0"):
-        relative_pose_from_matches(*views.matches, views.K0, views.K1, initial_0to1=start)
+        relative_pose_from_matches(
+            *views.matches[:2], views.K0, views.K1, views.batch_indexes, initial_0to1=start
+        )
+
+
+@pytest.mark.parametrize(
+    "take",
+    [homography_from_matches, fundamental_from_matches, essential_from_matches, relative_pose_from_matches],
+)
+def test_estimators_share_one_order_of_arguments(take) -> None:
+    """keypoints0, keypoints1, the intrinsics where there are any, batch_indexes; the rest by name."""
+    parameters = list(inspect.signature(take).parameters.values())
+    positional = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    cameras = ["K0", "K1"] if "K0" in positional else []
+    assert positional == ["keypoints0", "keypoints1", *cameras, "batch_indexes"]
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    x0, x1, index = _matches()
+    with pytest.raises(TypeError, match=r"K0: expected a torch.Tensor, got int"):
+        relative_pose_from_matches(x0, x1, 2, K, index)
+    with pytest.raises(TypeError, match=r"K1: expected a torch.Tensor, got list"):
+        essential_from_matches(x0, x1, K, [1.0], index)
+    with pytest.raises(TypeError, match=r"K0: expected a torch.Tensor, got str"):
+        estimate_robust(x0, x1, index, batch_size=2, model="essential", K0="K", K1=K)
+    with pytest.raises(TypeError, match=r"keypoints0: expected a torch.Tensor, got list"):
+        homography_from_matches([[0.0, 1.0]], x1, index, batch_size=2)
+    with pytest.raises(TypeError, match=r"batch_indexes: expected a torch.Tensor, got int"):
+        fundamental_from_matches(x0, x1, 2, batch_size=2)
+    with pytest.raises(TypeError, match=r"batch_size: expected an int, got Tensor"):
+        fundamental_from_matches(x0, x1, index, batch_size=index)
+    with pytest.raises(TypeError, match=r"weights: expected a torch.Tensor, got float"):
+        homography_from_matches(x0, x1, index, batch_size=2, weights=1.0)
+    with pytest.raises(TypeError, match=r"H_0to1: expected a torch.Tensor, got list"):
+        apply_homography([[1.0]], x0[None])
+    with pytest.raises(TypeError, match=r"T_0to1: expected a torch.Tensor, got float"):
+        fundamental_from_pose(1.0, K, K)
+    with pytest.raises(TypeError, match=r"T_0to1: expected a torch.Tensor, got float"):
+        pose_loss(1.0, K)
+    with pytest.raises(TypeError, match=r"H_0to1: expected a torch.Tensor, got NoneType"):
+        corner_error_loss(None, MATRIX, (4, 4))
+    with pytest.raises(TypeError, match=r"F_0to1: expected a torch.Tensor, got int"):
+        sampson_loss(x0, x1, index, 2)

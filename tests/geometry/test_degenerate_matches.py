@@ -23,13 +23,15 @@ Estimator = Callable[..., Any]
 def _poses(function: Estimator, **options: Any) -> Estimator:
     def estimate(x0: Tensor, x1: Tensor, index: Tensor, pairs: int, weights: Tensor | None = None) -> Any:
         K = intrinsics(500.0).to(x0.dtype).expand(pairs, 3, 3)
-        return function(x0, x1, index, K, K, weights, **options)
+        return function(x0, x1, K, K, index, weights=weights, **options)
 
     return estimate
 
 
 def _matrices(function: Estimator, **options: Any) -> Estimator:
-    return lambda x0, x1, index, pairs, weights=None: function(x0, x1, index, pairs, weights, **options)
+    return lambda x0, x1, index, pairs, weights=None: function(
+        x0, x1, index, batch_size=pairs, weights=weights, **options
+    )
 
 
 HOMOGRAPHIES: dict[str, Estimator] = {

@@ -24,7 +24,7 @@ few = settings(max_examples=8, deadline=None, derandomize=True)
 
 
 def _estimate(views: Scene, **options: Any) -> Tensor:
-    estimate = fundamental_from_matches(*views.matches, views.K0.shape[0], **options)
+    estimate = fundamental_from_matches(*views.matches, batch_size=views.K0.shape[0], **options)
     assert bool(estimate.valid.all())
     return estimate.F_0to1
 
@@ -81,7 +81,7 @@ def test_sampson_error_is_not_above_opencvs_eight_point() -> None:
 
 def test_robust_kernels_survive_wrong_matches() -> None:
     views = scene(20, 60, seed=4, noise=0.3, wrong=0.3)
-    estimate = fundamental_from_matches(*views.matches, 20, robust="geman_mcclure")
+    estimate = fundamental_from_matches(*views.matches, batch_size=20, robust="geman_mcclure")
     weights = estimate.inlier_weights.view(20, 60)
     # A wrong match falls within a pixel of its epipolar line about once in a hundred times.
     assert float(weights[:, 18:].mean()) > 0.75
@@ -102,7 +102,7 @@ def test_gradient_agrees_with_finite_differences(options: dict[str, Any]) -> Non
     weights = 0.2 + torch.rand(11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def lines(x0: Tensor, x1: Tensor, w: Tensor) -> Tensor | tuple[Tensor, ...]:
-        estimate = fundamental_from_matches(x0, x1, views.batch_indexes, 1, w, **options)
+        estimate = fundamental_from_matches(x0, x1, views.batch_indexes, batch_size=1, weights=w, **options)
         F = 1e3 * estimate.F_0to1
         return (F, estimate.inlier_weights) if "robust" in options else F
 
@@ -114,12 +114,12 @@ def test_gradient_is_right_where_the_singular_values_coincide() -> None:
     # A camera moved sideways: F is skew-symmetric, its singular values are (s, s, 0).
     views = scene(1, 12, seed=6)
     shifted = views.keypoints0 + torch.tensor([30.0, 0.0]) * torch.linspace(0.5, 2.0, 12)[:, None].double()
-    F = fundamental_from_matches(views.keypoints0, shifted, views.batch_indexes, 1).F_0to1
+    F = fundamental_from_matches(views.keypoints0, shifted, views.batch_indexes, batch_size=1).F_0to1
     values = torch.linalg.svdvals(F[0])
     assert float(values[0] - values[1]) < 1e-6
 
     def product(x1: Tensor) -> Tensor:
-        F = fundamental_from_matches(views.keypoints0, x1, views.batch_indexes, 1).F_0to1
+        F = fundamental_from_matches(views.keypoints0, x1, views.batch_indexes, batch_size=1).F_0to1
         return F[:, :, None, :, None] * F[:, None, :, None, :]  # free of the sign, which ties here
 
     check_gradients(product, [shifted], eps=1e-3, rtol=1e-3, atol=1e-5)
@@ -141,8 +141,8 @@ def test_order_and_company_of_the_matches_do_not_matter(seed: int) -> None:
     x0, x1, index = views.matches
     order = torch.randperm(36, generator=torch.Generator().manual_seed(seed))
     together = _estimate(views)
-    shuffled = fundamental_from_matches(x0[order], x1[order], index[order], 3).F_0to1
-    alone = fundamental_from_matches(x0[:12], x1[:12], index[:12], 1).F_0to1
+    shuffled = fundamental_from_matches(x0[order], x1[order], index[order], batch_size=3).F_0to1
+    alone = fundamental_from_matches(x0[:12], x1[:12], index[:12], batch_size=1).F_0to1
     assert float(_gap(shuffled, together).max()) < 1e-8
     assert float(_gap(alone, together[:1]).max()) < 1e-8
 

@@ -26,7 +26,7 @@ few = settings(max_examples=8, deadline=None, derandomize=True)
 
 
 def _estimate(scene: PlanarScene, **options: Any) -> Tensor:
-    estimate = homography_from_matches(*scene.matches, scene.H_0to1.shape[0], **options)
+    estimate = homography_from_matches(*scene.matches, batch_size=scene.H_0to1.shape[0], **options)
     assert bool(estimate.valid.all())
     assert bool(estimate.converged.all())
     return estimate.H_0to1
@@ -84,7 +84,7 @@ def test_transfer_error_is_not_above_opencvs_least_squares() -> None:
 @pytest.mark.parametrize("wrong", [0.2, 0.5])
 def test_robust_kernels_survive_wrong_matches(robust: str, wrong: float) -> None:
     scene = planar_scene(20, 40, seed=4, noise=0.5, wrong=wrong)
-    estimate = homography_from_matches(*scene.matches, 20, robust=robust)
+    estimate = homography_from_matches(*scene.matches, batch_size=20, robust=robust)
     gap = (_corners(estimate.H_0to1) - _corners(scene.H_0to1)).norm(dim=-1).mean(1)
     # 20 right matches with half a pixel of noise leave about a pixel at the corners, which extrapolate.
     assert float(gap.max()) < 4.0
@@ -93,7 +93,7 @@ def test_robust_kernels_survive_wrong_matches(robust: str, wrong: float) -> None
     # Half a pixel of noise on a scale of two: 1 / (1 + 1/8)^2 = 0.79 for the steeper kernel.
     assert float(weights[:, count:].mean()) > 0.75
     assert float(weights[:, :count].mean()) < 0.05
-    plain = homography_from_matches(*scene.matches, 20).H_0to1
+    plain = homography_from_matches(*scene.matches, batch_size=20).H_0to1
     assert float((_corners(plain) - _corners(scene.H_0to1)).norm(dim=-1).mean(1).min()) > 10.0
 
 
@@ -101,7 +101,9 @@ def test_one_match_at_1e5_does_not_move_the_robust_estimate() -> None:
     scene = planar_scene(10, 12, seed=5, noise=0.2)
     far = scene.keypoints1.clone()
     far[::12] = 1e5
-    estimate = homography_from_matches(scene.keypoints0, far, scene.batch_indexes, 10, robust="cauchy")
+    estimate = homography_from_matches(
+        scene.keypoints0, far, scene.batch_indexes, batch_size=10, robust="cauchy"
+    )
     assert float((_corners(estimate.H_0to1) - _corners(scene.H_0to1)).norm(dim=-1).max()) < 4.0
     assert float(estimate.inlier_weights[::12].max()) < 1e-6
 
@@ -112,7 +114,7 @@ def test_gradient_agrees_with_finite_differences(options: dict[str, Any]) -> Non
     weights = 0.2 + torch.rand(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def corners(x0: Tensor, x1: Tensor, w: Tensor) -> Tensor | tuple[Tensor, ...]:
-        estimate = homography_from_matches(x0, x1, scene.batch_indexes, 2, w, **options)
+        estimate = homography_from_matches(x0, x1, scene.batch_indexes, batch_size=2, weights=w, **options)
         mapped = _corners(estimate.H_0to1)
         return (mapped, estimate.inlier_weights) if "robust" in options else (mapped, estimate.H_0to1)
 
@@ -127,7 +129,7 @@ def test_gradient_is_right_at_an_exact_fit_of_the_unit_square(options: dict[str,
     index = torch.zeros(4, dtype=torch.long)
 
     def mapped(x0: Tensor, x1: Tensor) -> Tensor:
-        H = homography_from_matches(x0, x1, index, 1, **options).H_0to1
+        H = homography_from_matches(x0, x1, index, batch_size=1, **options).H_0to1
         return project(H, torch.tensor([[[0.3, 0.4], [2.0, 1.0]]], dtype=torch.float64))
 
     check_gradients(mapped, [square, square.clone()], eps=1e-5)
@@ -138,7 +140,7 @@ def test_linear_estimate_is_twice_differentiable_and_refined_refuses() -> None:
     x0 = scene.keypoints0.clone().requires_grad_()
 
     def grad(x: Tensor, **options: Any) -> Tensor:
-        H = homography_from_matches(x, scene.keypoints1, scene.batch_indexes, 1, **options).H_0to1
+        H = homography_from_matches(x, scene.keypoints1, scene.batch_indexes, batch_size=1, **options).H_0to1
         return torch.autograd.grad(_corners(H).square().sum(), x, create_graph=True)[0]
 
     check_gradients(grad, [scene.keypoints0], eps=1e-4, rtol=1e-3, atol=1e-3)
@@ -149,7 +151,9 @@ def test_linear_estimate_is_twice_differentiable_and_refined_refuses() -> None:
 def test_an_initial_estimate_replaces_the_linear_start() -> None:
     scene = planar_scene(5, 40, seed=8, noise=0.5, wrong=0.4)
     near = scene.H_0to1 + torch.tensor([[0.0, 0.0, 3.0], [0.0, 0.0, -3.0], [0.0, 0.0, 0.0]])
-    estimate = homography_from_matches(*scene.matches, 5, robust="geman_mcclure", initial_0to1=near)
+    estimate = homography_from_matches(
+        *scene.matches, batch_size=5, robust="geman_mcclure", initial_0to1=near
+    )
     assert float((_corners(estimate.H_0to1) - _corners(scene.H_0to1)).norm(dim=-1).max()) < 4.0
 
 
@@ -159,7 +163,7 @@ def test_swapping_the_images_inverts_it(seed: int, linear: bool) -> None:
     scene = planar_scene(3, 6, seed=seed)
     options = LINEAR if linear else REFINED
     swapped = homography_from_matches(
-        scene.keypoints1, scene.keypoints0, scene.batch_indexes, 3, **options
+        scene.keypoints1, scene.keypoints0, scene.batch_indexes, batch_size=3, **options
     ).H_0to1
     product = swapped @ _estimate(scene, **options)
     # Determinant 1 on both sides: the product is the identity itself, not a multiple of it.
@@ -197,10 +201,12 @@ def test_a_batch_gives_what_its_pairs_give_alone(seed: int, robust: str | None) 
     scene = planar_scene(3, 12, seed=seed, noise=0.5)
     keep = torch.tensor([*range(12), *range(12, 17), *range(24, 32)])  # 12, 5 and 8 matches
     x0, x1, index = (v[keep] for v in scene.matches)
-    together = homography_from_matches(x0, x1, index, 3, robust=robust).H_0to1
+    together = homography_from_matches(x0, x1, index, batch_size=3, robust=robust).H_0to1
     for pair in range(3):
         mine = index == pair
-        alone = homography_from_matches(x0[mine], x1[mine], index[mine] * 0, 1, robust=robust).H_0to1
+        alone = homography_from_matches(
+            x0[mine], x1[mine], index[mine] * 0, batch_size=1, robust=robust
+        ).H_0to1
         assert torch.allclose(_corners(alone), _corners(together[pair : pair + 1]), atol=1e-6)
 
 
@@ -219,19 +225,19 @@ def test_a_zero_weight_leaves_a_match_out_and_a_double_weight_counts_twice() -> 
     weights[0], weights[1] = 0.0, 2.0
     rows = torch.tensor([1, 1, *range(2, 10)])
     x0, x1 = scene.keypoints0, scene.keypoints1
-    repeated = homography_from_matches(x0[rows], x1[rows], scene.batch_indexes, 1).H_0to1
-    weighted = homography_from_matches(x0, x1, scene.batch_indexes, 1, weights).H_0to1
+    repeated = homography_from_matches(x0[rows], x1[rows], scene.batch_indexes, batch_size=1).H_0to1
+    weighted = homography_from_matches(x0, x1, scene.batch_indexes, batch_size=1, weights=weights).H_0to1
     assert torch.allclose(_corners(weighted), _corners(repeated), atol=1e-7)
 
 
 def test_float32_and_half_inputs_give_the_float64_answer_at_their_own_rounding() -> None:
     scene = planar_scene(4, 20, seed=10, noise=1.0)
     x0, x1, index = scene.matches
-    single = homography_from_matches(x0.float(), x1.float(), index, 4)
+    single = homography_from_matches(x0.float(), x1.float(), index, batch_size=4)
     assert single.H_0to1.dtype == torch.float32
     # 32-bit pixels are rounded at 3e-5; 20 of them with unit leverage stay near that.
     assert float((_corners(single.H_0to1.double()) - _corners(_estimate(scene))).abs().max()) < 5e-3
-    half = homography_from_matches(x0.half(), x1.half(), index, 4)
+    half = homography_from_matches(x0.half(), x1.half(), index, batch_size=4)
     assert half.H_0to1.dtype == torch.float32
     assert bool(half.valid.all())
 
@@ -265,7 +271,31 @@ def test_apply_homography_names_shapes_that_do_not_fit() -> None:
 
 def test_pairs_without_matches_are_flagged_and_leave_the_others_alone() -> None:
     scene = planar_scene(1, 10, seed=12, noise=1.0)
-    estimate = homography_from_matches(scene.keypoints0, scene.keypoints1, pair_index(1, 10) + 1, 3)
+    estimate = homography_from_matches(
+        scene.keypoints0, scene.keypoints1, pair_index(1, 10) + 1, batch_size=3
+    )
     assert estimate.valid.tolist() == [False, True, False]
     assert torch.allclose(_corners(estimate.H_0to1[1:2]), _corners(_estimate(scene)), atol=1e-9)
     assert torch.equal(estimate.H_0to1[0], torch.eye(3, dtype=torch.float64))
+
+
+def test_apply_homography_keeps_its_precision_under_autocast_and_takes_two_dtypes() -> None:
+    scene = planar_scene(1, 50, seed=21)
+    H, points = scene.H_0to1.float(), scene.keypoints0.float()[None]
+    plain = apply_homography(H, points)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(apply_homography(H, points), plain)
+    assert torch.equal(
+        apply_homography(scene.H_0to1, points), apply_homography(scene.H_0to1, points.double())
+    )
+    assert apply_homography(H.bfloat16(), points.half()).dtype is torch.float32
+    # bfloat16 points are read exactly, and computed with in float32.
+    rounded = points.bfloat16()
+    assert torch.equal(apply_homography(H, rounded), apply_homography(H, rounded.float()))
+
+
+def test_apply_homography_takes_every_scale() -> None:
+    scene = planar_scene(1, 50, seed=22)
+    H, points = scene.H_0to1.float(), scene.keypoints0.float()[None]
+    for scale in (2.0**-100, 2.0**110):
+        assert torch.equal(apply_homography(scale * H, points), apply_homography(H, points))

@@ -24,7 +24,7 @@ few = settings(max_examples=8, deadline=None, derandomize=True)
 
 
 def _estimate(views: Scene, **options: Any) -> PoseEstimate:
-    return relative_pose_from_matches(*views.matches, views.K0, views.K1, **options)
+    return relative_pose_from_matches(*views.matches[:2], views.K0, views.K1, views.batch_indexes, **options)
 
 
 def _errors(T: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,7 @@ def test_gradient_agrees_with_finite_differences(options: dict[str, Any]) -> Non
         K1 = torch.stack([focal, zero, 320 * one, zero, focal, 240 * one, zero, zero, one], dim=1).view(
             1, 3, 3
         )
-        estimate = relative_pose_from_matches(x0, x1, views.batch_indexes, views.K0, K1, w, **options)
+        estimate = relative_pose_from_matches(x0, x1, views.K0, K1, views.batch_indexes, weights=w, **options)
         pose = estimate.T_0to1[:, :3]
         return (pose, estimate.inlier_weights) if "robust" in options else (pose,)
 
@@ -113,7 +113,7 @@ def test_gradient_is_right_at_an_exact_fit(options: dict[str, Any]) -> None:
     views = scene(1, 9, seed=7)
 
     def motion(x0: Tensor, x1: Tensor) -> Tensor:
-        return relative_pose_from_matches(x0, x1, views.batch_indexes, views.K0, views.K1, **options).T_0to1[
+        return relative_pose_from_matches(x0, x1, views.K0, views.K1, views.batch_indexes, **options).T_0to1[
             :, :3
         ]
 
@@ -122,7 +122,7 @@ def test_gradient_is_right_at_an_exact_fit(options: dict[str, Any]) -> None:
 
 def test_essential_matrix_is_that_of_the_pose() -> None:
     views = scene(5, 14, seed=8, noise=0.5)
-    E = essential_from_matches(*views.matches, views.K0, views.K1)
+    E = essential_from_matches(*views.matches[:2], views.K0, views.K1, views.batch_indexes)
     T = _estimate(views).T_0to1
     x, y, z = T[:, :3, 3].unbind(1)
     zero = torch.zeros_like(x)
@@ -138,7 +138,7 @@ def test_gradient_reaches_the_matches_through_the_essential_matrix() -> None:
     views = scene(1, 10, seed=9, noise=1.0)
 
     def essential(x0: Tensor, x1: Tensor) -> Tensor:
-        return essential_from_matches(x0, x1, views.batch_indexes, views.K0, views.K1).E_0to1
+        return essential_from_matches(x0, x1, views.K0, views.K1, views.batch_indexes).E_0to1
 
     check_gradients(essential, [views.keypoints0, views.keypoints1], eps=1e-3, rtol=1e-3)
 
@@ -165,7 +165,7 @@ def test_swapping_the_images_inverts_it(seed: int, refined: bool) -> None:
     views = scene(2, 16, seed=seed, noise=0.2)
     options = REFINED if refined else LINEAR
     back = relative_pose_from_matches(
-        views.keypoints1, views.keypoints0, views.batch_indexes, views.K1, views.K0, **options
+        views.keypoints1, views.keypoints0, views.K1, views.K0, views.batch_indexes, **options
     ).T_0to1
     product = back @ _estimate(views, **options).T_0to1
     tolerance = 1e-6 if refined else 1e-5
@@ -193,7 +193,7 @@ def test_poses_compose_along_a_chain_of_cameras(seed: int) -> None:
         return p[:, :2] / p[:, 2:]
 
     def rotation(a: Tensor, b: Tensor) -> Tensor:
-        estimate = relative_pose_from_matches(a, b, first.batch_indexes, first.K0, first.K0)
+        estimate = relative_pose_from_matches(a, b, first.K0, first.K0, first.batch_indexes)
         assert bool(estimate.valid.all())
         return estimate.rotation_0to1[0]
 
@@ -220,9 +220,9 @@ def test_a_batch_gives_what_its_pairs_give_alone() -> None:
     views = scene(3, 16, seed=12, noise=0.5)
     keep = torch.tensor([*range(16), *range(16, 26), *range(32, 45)])
     x0, x1, index = (v[keep] for v in views.matches)
-    together = relative_pose_from_matches(x0, x1, index, views.K0, views.K1).T_0to1
+    together = relative_pose_from_matches(x0, x1, views.K0, views.K1, index).T_0to1
     for pair in range(3):
         mine = index == pair
         K0, K1 = views.K0[pair : pair + 1], views.K1[pair : pair + 1]
-        alone = relative_pose_from_matches(x0[mine], x1[mine], 0 * index[mine], K0, K1).T_0to1
+        alone = relative_pose_from_matches(x0[mine], x1[mine], K0, K1, 0 * index[mine]).T_0to1
         assert torch.allclose(alone, together[pair : pair + 1], atol=1e-8)
