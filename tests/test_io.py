@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kornia.color import rgb_to_grayscale
 from PIL import Image
 
+import eloftr_ops.images
 import eloftr_ops.io as eio
 from eloftr_ops import __version__
 from eloftr_ops.io import FileError, LoadedImage, atomic_write, check_output, read_image, write_matches
@@ -265,7 +266,7 @@ def test_mask_is_resized_with_the_image(tmp_path: Path) -> None:
 @settings(deadline=None, max_examples=30, derandomize=True)
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 250))
 def test_size_and_scale_laws(width: int, height: int, resize: int) -> None:
-    fitted = eio._fitted((width, height), resize)
+    fitted = eloftr_ops.images._fitted((width, height), resize)
     loaded = LoadedImage(torch.zeros(1, 1, fitted[1], fitted[0]), None, (width, height))
     assert max(fitted) == min(resize, max(width, height))  # never enlarged
     for small, large in zip(fitted, (width, height), strict=True):

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import sys
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -12,18 +15,37 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from eloftr_ops.io import FileError
-from eloftr_ops.model.matcher import EfficientLoFTR
+from eloftr_ops.errors import ArgumentError, FileError
 
 Weights = Annotated[
     str, typer.Option(help="'small' (embedded), a file, a folder or a Hugging Face repository.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")]
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a disk that takes no more
 
 
 class UsageError(Exception):
     """The user's mistake, in words for the user."""
+
+
+class Report(Console):
+    """Standard output, line by line; a reader that went away, as ``head`` does, is no error."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing more."""
+        silence()
+
+
+def silence() -> None:
+    """Send what is left of standard output nowhere, so that Python's last flush does not fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 @contextlib.contextmanager
@@ -31,69 +53,23 @@ def reported_mistakes() -> Iterator[None]:
     """Turn the user's mistakes into one line on standard error and exit code 2."""
     try:
         yield
+    except ArgumentError as error:
+        message = f"--{error.argument.replace('_', '-')}: {error.reason}"
     except (UsageError, FileError) as error:
         message = str(error)
     except torch.OutOfMemoryError:
         message = "out of GPU memory at this image size. Pass a smaller --resize, or --device cpu."
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        silence()
+        message = f"standard output cannot be written: {error.strerror}."
     else:
         return
     Console(stderr=True, highlight=False).print(
         Text.assemble(("Error: ", "bold red"), message), soft_wrap=True
     )
     raise typer.Exit(2)
-
-
-def load_matcher(
-    weights: str,
-    device: str,
-    *,
-    threads: int | None = None,
-    threshold: float | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> EfficientLoFTR:
-    """The matcher for inference, fused, on its device.
-
-    Raises:
-        UsageError: weights, a device or a threshold that cannot be used.
-    """
-    chosen = chosen_device(device)
-    if threshold is not None and not 0 <= threshold < float("inf"):
-        raise UsageError(f"--threshold: expected a confidence of 0 or more, got {threshold}.")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        matcher = EfficientLoFTR.from_pretrained(weights)
-    except (ValueError, TypeError, OSError) as error:
-        raise UsageError(f"--weights {weights}: {error}") from error
-    matcher = matcher.optimize_for_inference(dtype=dtype).to(chosen)
-    if threshold is not None:
-        try:
-            matcher.config = matcher.config.replace(threshold=threshold)
-        except ValueError as error:
-            raise UsageError(f"--{error}") from error
-    return matcher
-
-
-def chosen_device(name: str) -> torch.device:
-    """The device of that name; a GPU, if there is one, for "auto".
-
-    Raises:
-        UsageError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # it must give results back, too
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-    ) as error:  # unknown, not built in, or not present
-        raise UsageError(
-            f"--device {name}: not a device that PyTorch can use here. Pass auto or cpu."
-        ) from error
-    return device
 
 
 def describe_device(device: torch.device) -> str:

@@ -16,16 +16,16 @@ from rich.table import Table
 
 from eloftr_ops.cli.common import (
     Device,
+    Report,
     Threads,
     UsageError,
     Weights,
-    chosen_device,
     describe_device,
-    load_matcher,
     print_line,
     reported_mistakes,
 )
 from eloftr_ops.io import FileError, check_output
+from eloftr_ops.matching import DEFAULT_WEIGHTS, choose_device, load_matcher
 
 if TYPE_CHECKING:  # heavy, and of no use to the other commands
     from eloftr_ops.data.labelled import LabelledPairs
@@ -109,7 +109,7 @@ def evaluate(
     dataset: Annotated[Dataset, _option("What to evaluate on.", show_default=False)],
     root: _Root = None,
     index: _Index = None,
-    weights: Weights = "small",
+    weights: Weights = DEFAULT_WEIGHTS,
     resize: _Resize = None,
     threshold: _Threshold = None,
     max_matches: _Count = None,
@@ -177,12 +177,13 @@ def _opened(run: _Run, **settings: Any) -> tuple[LabelledPairs, EvaluationConfig
 def _evaluate_and_report(
     run: _Run, pairs: LabelledPairs, config: EvaluationConfig, output: Path | None
 ) -> None:
-    console = Console(highlight=False)
-    resolved = chosen_device(run.device)
+    console = Report()
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    resolved = choose_device(run.device)
     matcher = load_matcher(
         run.weights,
         run.device,
-        threads=run.threads,
         threshold=run.threshold,
         dtype=getattr(torch, run.dtype),
     )
@@ -190,7 +191,7 @@ def _evaluate_and_report(
     details["resize"] = pairs.options.resize
     details["shorter_side"] = pairs.options.shorter_side
     result, trouble = _collected(run, pairs, config, matcher, resolved)
-    if output is not None:
+    if output is not None:  # before anything is printed: its reader may be gone
         result.write(output, details)
     _print_result(console, result, details, output)
     if isinstance(trouble, KeyboardInterrupt):

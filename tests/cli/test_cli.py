@@ -281,12 +281,12 @@ def test_wrong_arguments_are_refused(run: Callable[..., Result]) -> None:
         (("--threshold", "nan"), ("--threshold", "nan")),
         (("--threshold", "1.5"), ("--threshold", "probability in [0, 1]")),
         (("--inlier-threshold", "0"), ("--inlier-threshold", "positive")),
-        (("--device", "abacus"), ("--device abacus", "Pass auto or cpu")),
-        (("--device", "meta"), ("--device meta",)),
-        (("--weights", "large"), ("--weights large", "no weights called large")),
+        (("--device", "abacus"), ("--device", "'abacus'", "Pass auto or cpu")),
+        (("--device", "meta"), ("--device", "'meta'")),
+        (("--weights", "large"), ("--weights", "no weights called large")),
         (
             ("--resize", "40"),
-            ("demo_0.jpg: 40x30 pixels after --resize 40", "at least 32", "larger --resize"),
+            ("demo_0.jpg: 40x30 pixels after a resize to 40", "at least 32", "larger resize"),
         ),
     ],
 )
@@ -299,7 +299,7 @@ def test_bad_options_are_named(
 
 def test_a_gpu_that_is_not_there_is_refused(run: Callable[..., Result]) -> None:
     assert_one_line_error(
-        run("match", *PAIR, "--device", f"cuda:{torch.cuda.device_count()}"), "--device cuda:"
+        run("match", *PAIR, "--device", f"cuda:{torch.cuda.device_count()}"), "--device", "cuda:"
     )
 
 

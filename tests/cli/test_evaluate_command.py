@@ -194,8 +194,8 @@ def test_what_was_measured_outlives_an_interruption(
         (("--dataset", "scannet", "--root", "."), "test.npz: no such file"),
         ((*JSON, "--pose-threshold", "0"), "--pose-threshold: expected a positive number"),
         ((*JSON, "--threshold", "2"), "--threshold"),
-        ((*JSON, "--device", "abacus"), "--device abacus"),
-        ((*JSON, "--weights", "large"), "--weights large"),
+        ((*JSON, "--device", "abacus"), "--device: expected"),
+        ((*JSON, "--weights", "large"), "--weights: large"),
         ((*JSON, "-o", "results.txt"), "results.txt"),
     ],
 )

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models and images that tests share."""
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig
+from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig, matching
 from eloftr_ops.model.coarse import match_cells, score_cells
 from eloftr_ops.types import CoarseOutput, Features
 
@@ -65,6 +66,7 @@ def put_for_pretrained(
         return matcher(config).eval()
 
     monkeypatch.setattr(EfficientLoFTR, "from_pretrained", load)
+    monkeypatch.setattr(matching, "_MATCHERS", OrderedDict())  # none that was made from other weights
 
 
 class CoarseStage(NamedTuple):
