@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from eloftr_ops.weights.files import write_file
+from eloftr_ops.storage import write_file
 
 KEPT = 2
 _NAME = re.compile(r"step-(\d{8})\.(json|\d{3})")

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from eloftr_ops.weights.files import write_file
+from eloftr_ops.storage import write_file
 
 
 class Reporter:

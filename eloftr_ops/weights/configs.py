@@ -59,11 +59,12 @@ _OURS_ALONE = (
 
 
 class FolderConfig(NamedTuple):
-    """What a ``config.json`` says."""
+    """What a ``config.json`` says, or a file of weights about itself."""
 
     config: EfficientLoFTRConfig
     layout: WeightLayout
     weights: str  # file name in the same folder
+    save: str | None  # which save wrote it; None for one of another origin
 
 
 def read_folder_config(fields: Mapping[str, Any], source: str) -> FolderConfig:
@@ -76,35 +77,55 @@ def read_folder_config(fields: Mapping[str, Any], source: str) -> FolderConfig:
     if fields.get("format") == FORMAT:
         return _read_own(fields, source)
     if fields.get("model_type") == MODEL_TYPE:
-        return FolderConfig(from_transformers(fields, source), "transformers", SAFETENSORS)
+        extra = fields.get(FORMAT)
+        save = extra.get("save") if isinstance(extra, dict) else None
+        return FolderConfig(from_transformers(fields, source), "transformers", SAFETENSORS, _text(save))
     raise ValueError(
         f'{source}: expected "format": "{FORMAT}" or "model_type": "{MODEL_TYPE}", '
         f"got format {fields.get('format')!r}, model_type {fields.get('model_type')!r}: not EfficientLoFTR weights."
     )
 
 
-def folder_config(config: EfficientLoFTRConfig, layout: WeightLayout, dtype: torch.dtype) -> bytes:
-    """The ``config.json`` that :func:`read_folder_config` reads."""
+def folder_config(config: EfficientLoFTRConfig, layout: WeightLayout, dtype: torch.dtype, save: str) -> bytes:
+    """The ``config.json`` that :func:`read_folder_config` reads; ``save`` names the save that it is part of."""
     fields: dict[str, Any]
     if layout == "transformers":
         fields = to_transformers(config, dtype)
+        fields[FORMAT]["save"] = save
     else:
         weights = CHECKPOINT if layout == "authors" else SAFETENSORS
-        fields = {**_header(), "version": VERSION, "weights": weights, "config": config.to_dict()}
+        fields = {
+            **_header(), "version": VERSION, "weights": weights, "save": save, "config": config.to_dict()
+        }  # fmt: skip
     return _dump(fields, indent=2).encode()
 
 
-def read_metadata(metadata: Mapping[str, str], source: str) -> EfficientLoFTRConfig | None:
-    """The configuration in a safetensors file's metadata; ``None`` for a file of another origin."""
-    if metadata.get("format") != FORMAT:
+def read_metadata(metadata: Mapping[str, str], source: str) -> FolderConfig | None:
+    """What a file of weights says about itself in its metadata; ``None`` for a file of another origin."""
+    if metadata.get("format") == FORMAT:
+        _check_version(metadata.get("version"), source)
+        fields = parse_json(metadata.get("config", ""), f"{source}: config")
+        return FolderConfig(_build(fields, source), "eloftr_ops", SAFETENSORS, metadata.get("save"))
+    if FORMAT not in metadata:
         return None
-    _check_version(metadata.get("version"), source)
-    return _build(parse_json(metadata.get("config", ""), f"{source}: config"), source)
+    described = parse_json(metadata[FORMAT], f"{source}: {FORMAT}")
+    _check_version(described.get("version"), source)
+    layout, values = described.get("layout"), described.get("config")
+    if layout not in ("authors", "transformers") or not isinstance(values, dict):
+        raise ValueError(f"{source}: {FORMAT}: expected layout and config, got {described!r}.")
+    weights = CHECKPOINT if layout == "authors" else SAFETENSORS
+    return FolderConfig(_build(values, source), layout, weights, _text(described.get("save")))
 
 
-def metadata_for(config: EfficientLoFTRConfig) -> dict[str, str]:
+def metadata_for(
+    config: EfficientLoFTRConfig, layout: WeightLayout = "eloftr_ops", save: str | None = None
+) -> dict[str, str]:
     """The metadata that :func:`read_metadata` reads."""
-    return {**_header(), "version": str(VERSION), "config": _dump(config.to_dict())}
+    saved = {} if save is None else {"save": save}
+    if layout == "eloftr_ops":
+        return {**_header(), "version": str(VERSION), "config": _dump(config.to_dict()), **saved}
+    described = {"version": VERSION, "layout": layout, "config": config.to_dict(), **saved}
+    return {"format": "pt", FORMAT: _dump(described)}
 
 
 def from_transformers(fields: Mapping[str, Any], source: str) -> EfficientLoFTRConfig:
@@ -124,6 +145,8 @@ def from_transformers(fields: Mapping[str, Any], source: str) -> EfficientLoFTRC
         raise TypeError(f"{source}: coarse_matching_skip_softmax: expected a bool, got {skip_softmax!r}.")
     values["score"] = "similarity" if skip_softmax else "dual_softmax"
     extra = fields.get(FORMAT, {})
+    if isinstance(extra, dict):
+        extra = {name: value for name, value in extra.items() if name != "save"}
     if not isinstance(extra, dict) or not set(extra) <= set(_OURS_ALONE):
         raise ValueError(f"{source}: {FORMAT}: expected some of {', '.join(_OURS_ALONE)}, got {extra!r}.")
     config = _build({**values, **extra}, source)
@@ -153,7 +176,7 @@ def to_transformers(config: EfficientLoFTRConfig, dtype: torch.dtype) -> dict[st
 
 
 def _read_own(fields: Mapping[str, Any], source: str) -> FolderConfig:
-    known = {"format", "version", "written_by", "weights", "config"}
+    known = {"format", "version", "written_by", "weights", "save", "config"}
     unknown = sorted(set(fields) - known)
     if unknown:
         raise ValueError(
@@ -167,7 +190,11 @@ def _read_own(fields: Mapping[str, Any], source: str) -> FolderConfig:
     if weights not in (SAFETENSORS, CHECKPOINT):
         raise ValueError(f"{source}: weights: expected {SAFETENSORS} or {CHECKPOINT}, got {weights!r}.")
     layout: WeightLayout = "authors" if weights == CHECKPOINT else "eloftr_ops"
-    return FolderConfig(_build(values, source), layout, str(weights))
+    return FolderConfig(_build(values, source), layout, str(weights), _text(fields.get("save")))
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _header() -> dict[str, str]:

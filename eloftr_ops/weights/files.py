@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of tensors and of JSON: read without executing anything, written so that no half file is ever seen."""
+"""Files of tensors and of JSON, read without executing anything."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import re
-import shutil
-import uuid
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,25 +25,41 @@ class WeightsNotFoundError(FileNotFoundError, ValueError):
     """Weights that are not there, or cannot be fetched; the message says what to do."""
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by the file's own names, and the file's metadata (empty for a checkpoint).
+def read_content(path: Path) -> tuple[Mapping[Any, Any], dict[str, str]]:
+    """What a file holds, dictionaries of tensors at any depth, and its metadata.
 
     Raises:
         WeightsNotFoundError: no such file.
-        ValueError: a damaged file, one that holds more than tensors, or a name that ends in none of the known ways.
+        ValueError: a damaged file, one that holds code, or a name that ends in none of the known ways.
     """
     if not path.is_file():
         raise WeightsNotFoundError(f"{path}: expected a file of weights, found none; check the path.")
     if path.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(path)
-    elif path.suffix in CHECKPOINT_SUFFIXES:
-        tensors, metadata = _read_checkpoint(path), {}
-    else:
-        known = ", ".join((".safetensors", *CHECKPOINT_SUFFIXES))
-        raise ValueError(f"{path}: expected a file name that ends in one of {known}, got {path.suffix!r}.")
-    for name, tensor in tensors.items():
-        _check_plain(f"{path}: {name}", tensor, counter=name.endswith(COUNTER))
-    return tensors, metadata
+        return _read_safetensors(path)
+    if path.suffix in CHECKPOINT_SUFFIXES:
+        return _read_checkpoint(path)
+    known = ", ".join((".safetensors", *CHECKPOINT_SUFFIXES))
+    raise ValueError(f"{path}: expected a file name that ends in one of {known}, got {path.suffix!r}.")
+
+
+def plain_state(content: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
+    """The state dict of a file in which no matcher was found, for the messages that say what is wrong.
+
+    Raises:
+        ValueError: no state dict at all.
+    """
+    state = content.get("state_dict", content)
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(
+            f'{source}: expected {{"state_dict": {{name: tensor}}}} or {{name: tensor}}, got {type(state).__name__}.'
+        )
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{source}: expected tensors by name, got {type(tensor).__name__} under {name!r}; "
+                "save the model's state_dict alone."
+            )
+    return dict(state)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,39 +89,6 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     return value
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write ``files`` into ``folder``: a new folder appears at once and whole.
-
-    In a folder that exists, each file takes its predecessor's place in one step, in the order of ``files``.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder: expected a folder or a path where none is yet, got the file {folder}.")
-    folder = folder.absolute()
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
-    temporary.mkdir(parents=True)
-    try:
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
-        if folder.exists():
-            for name in files:
-                (temporary / name).replace(folder / name)
-        else:
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole: what was at ``path`` stays until the new content is on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -117,8 +99,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict of a checkpoint, without a ``matcher.`` prefix."""
+def _read_checkpoint(path: Path) -> tuple[Mapping[Any, Any], dict[str, str]]:
+    """Nested dictionaries, and what :func:`save_pretrained` notes beside them."""
+    _check_uncompressed(path)
     with path.open("rb") as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -130,20 +113,28 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
                 f"{path}: expected a PyTorch checkpoint, got a damaged or truncated file "
                 f"({type(error).__name__}: {reason}); fetch it again."
             ) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not state:
+    if not isinstance(content, Mapping):
         raise ValueError(
-            f'{path}: expected {{"state_dict": {{name: tensor}}}} or {{name: tensor}}, got {type(state).__name__}.'
+            f'{path}: expected {{"state_dict": {{name: tensor}}}} or {{name: tensor}}, got {type(content).__name__}.'
         )
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"{path}: expected tensors by name, got {type(tensor).__name__} under {name!r}; "
-                "save the model's state_dict alone."
-            )
-        tensors[name] = tensor
-    return tensors
+    noted = content.get("eloftr_ops")
+    return content, {"eloftr_ops": noted} if isinstance(noted, str) else {}
+
+
+def _check_uncompressed(path: Path) -> None:
+    """Refuse compressed records, which ``torch.save`` never writes: a small file could fill the memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except Exception:  # the old format, or damaged: torch.load says so
+        return
+    packed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
+    if packed or sum(record.file_size for record in records) > path.stat().st_size:
+        name = packed[0] if packed else "the whole"
+        raise ValueError(
+            f"{path}: refused: expected records that are stored as they are, as torch.save writes them, got {name} "
+            "compressed. Unpacked it could fill the memory. Fetch the file again from its authors."
+        )
 
 
 def _refusal(path: Path, error: Exception) -> str:
@@ -161,8 +152,9 @@ def _refusal(path: Path, error: Exception) -> str:
     )
 
 
-def _check_plain(name: str, tensor: Tensor, *, counter: bool) -> None:
+def check_plain(name: str, tensor: Tensor) -> None:
     """Refuse what is not a dense tensor with every element in the file: views can claim sizes that exhaust memory."""
+    counter = name.endswith(COUNTER)
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         raise ValueError(f"{name}: expected a dense tensor, got {tensor.layout} on {tensor.device}.")
     if counter and tensor.dtype != torch.int64:

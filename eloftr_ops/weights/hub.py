@@ -3,14 +3,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import socket
+import time
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
 from eloftr_ops.weights.files import WeightsNotFoundError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PATIENCE = 5.0  # seconds for a connection
+_REMEMBERED = 30.0  # seconds that an answer counts
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -30,17 +37,30 @@ class Repository(NamedTuple):
         """
         import huggingface_hub
 
+        constants = huggingface_hub.constants
+        offline = self.local_files_only or constants.HF_HUB_OFFLINE or not can_connect(constants.ENDPOINT)
         try:
             path = huggingface_hub.hf_hub_download(
                 self.name,
                 file,
                 revision=self.revision,
                 cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
-                local_files_only=self.local_files_only,
+                local_files_only=offline,
             )
         except (OSError, ValueError) as error:
             raise WeightsNotFoundError(self._advice(file, error)) from error
         return Path(path)
+
+    def try_fetch(self, file: str) -> Path | None:
+        """As :meth:`fetch`; None where the repository, or the cache without a connection, has no such file."""
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return self.fetch(file)
+        except WeightsNotFoundError as error:
+            if isinstance(error.__cause__, EntryNotFoundError):
+                return None
+            raise
 
     def pinned(self, fetched: Path) -> Repository:
         """The same repository at the commit a file came from, so that the next file is of the same commit."""
@@ -61,3 +81,23 @@ class Repository(NamedTuple):
 def is_repository(name: str) -> bool:
     """Whether ``name`` reads as ``organisation/repository``."""
     return _REPOSITORY.fullmatch(name) is not None
+
+
+@functools.lru_cache(maxsize=1)
+def _reachable(host: str, port: int, _moment: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=_PATIENCE):
+            return True
+    except OSError:
+        return False
+
+
+def can_connect(endpoint: str) -> bool:
+    """Whether the Hub, or the proxy on the way to it, answers; the Hub's client would try for half a minute."""
+    address = urllib.parse.urlsplit(endpoint)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(address.scheme) or proxies.get("all")
+    if proxy is not None and not urllib.request.proxy_bypass(address.hostname or ""):
+        address = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    port = address.port or (80 if address.scheme == "http" else 443)
+    return _reachable(address.hostname or "", port, int(time.monotonic() // _REMEMBERED))

@@ -6,21 +6,16 @@ from __future__ import annotations
 import os
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode, ScoreKind
 from eloftr_ops.model.matcher import EfficientLoFTR
-from eloftr_ops.weights.configs import read_folder_config, read_metadata
-from eloftr_ops.weights.files import (
-    CHECKPOINT_SUFFIXES,
-    FLOAT_DTYPES,
-    WeightsNotFoundError,
-    read_json,
-    read_tensors,
-)
+from eloftr_ops.weights.files import CHECKPOINT_SUFFIXES, FLOAT_DTYPES, WeightsNotFoundError
 from eloftr_ops.weights.hub import Repository, is_repository
-from eloftr_ops.weights.layouts import Stored, build_model, guess_layout, infer_config, our_names
+from eloftr_ops.weights.layouts import Stored, build_model, infer_config, our_names
+from eloftr_ops.weights.sources import from_file, from_folder, from_hub
 
 _SUFFIX = ".safetensors"
 
@@ -31,6 +26,8 @@ def load_pretrained(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    variant: str | None = None,
+    entry: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     config: EfficientLoFTRConfig | None = None,
@@ -48,14 +45,20 @@ def load_pretrained(
         name_or_path: one of, tried in this order:
 
             - the name of embedded weights (:func:`embedded_names`); write ``./small`` for a folder of that name;
-            - a file: ``.safetensors``, or the authors' ``.ckpt`` (``.pth``, ``.pt``, ``.bin``), re-parameterised or
-              not, with or without the ``matcher.`` prefix. Without a stored configuration the shapes tell the
-              architecture, with 8 heads and the matching parameters of ``full``; else pass ``config``;
-            - a folder with ``config.json`` and weights, as :func:`save_pretrained` and transformers write;
-            - a Hub repository, ``organisation/name``, such as ``zju-community/efficientloftr``.
+            - a file: ``.safetensors``, or a checkpoint (``.ckpt``, ``.pth``, ``.pt``, ``.bin``): the authors', ours,
+              or a trainer's, with the weights in nested dictionaries and under prefixes such as ``module.matcher.``.
+              Without a stored configuration the shapes tell the architecture, with 8 heads and the matching parameters
+              of ``full``; else pass ``config``;
+            - a folder with ``config.json`` and weights, as :func:`save_pretrained` and transformers write, also in
+              shards or as ``pytorch_model.bin``;
+            - a Hub repository, ``organisation/name``, such as ``zju-community/efficientloftr``. A path whose first
+              folder exists here is not looked up there.
         revision: branch, tag or commit of the Hub repository; a commit pins the weights.
         cache_dir: of the Hub; its default is ``HF_HOME``'s.
         local_files_only: take Hub files from the cache alone; the ``HF_HUB_OFFLINE`` variable does the same.
+        variant: of the weights in a folder or repository, for instance "fp16" for ``model.fp16.safetensors``. The only
+            variant of a folder needs no name.
+        entry: which weights to take where a file holds several, for instance averaged ones; the error lists them.
         device: of the model.
         dtype: of the model, whatever the file stores: float32, float64, float16 or bfloat16.
         config: the description to use in place of the stored one.
@@ -80,7 +83,8 @@ def load_pretrained(
         "position_scale": position_scale,
         "gradient_mode": gradient_mode,
     }
-    stored = _find(name_or_path, revision, cache_dir, local_files_only)
+    hub = HubOptions(revision, cache_dir, local_files_only)
+    stored = _find(name_or_path, hub, variant, entry)
     tensors = our_names(stored)
     config = config or stored.config or infer_config(tensors, stored.source)
     config = config.replace(**{name: value for name, value in changes.items() if value is not None})
@@ -102,29 +106,34 @@ def _check_types(name_or_path: object, dtype: object, config: object) -> None:
         raise TypeError(f"config: expected an EfficientLoFTRConfig, got {type(config).__name__}.")
 
 
+class HubOptions(NamedTuple):
+    """How a repository is fetched."""
+
+    revision: str | None
+    cache_dir: str | os.PathLike[str] | None
+    local_files_only: bool
+
+
 def _find(
-    name_or_path: str | os.PathLike[str],
-    revision: str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
+    name_or_path: str | os.PathLike[str], hub: HubOptions, variant: str | None, entry: str | None
 ) -> Stored:
-    name, path = os.fspath(name_or_path), Path(name_or_path).expanduser()
+    name, path = os.fspath(name_or_path), _expanded(name_or_path)
     named = isinstance(name_or_path, str)
     embedded = named and name in embedded_names()
-    on_hub = named and not embedded and not path.exists() and is_repository(name) and not _names_a_file(path)
-    if revision is not None and not on_hub:
+    on_hub = named and not embedded and is_repository(name) and not _looks_local(path)
+    if hub.revision is not None and not on_hub:
         raise ValueError(
-            f"revision: expected None, since {name!r} is no Hub repository (organisation/name), got {revision!r}."
+            f"revision: expected None, since {name!r} is no Hub repository (organisation/name), got {hub.revision!r}."
         )
     if on_hub:
-        return _from_hub(Repository(name, revision, cache_dir, local_files_only))
+        return from_hub(Repository(name, *hub), entry, variant)
     if embedded:
         with resources.as_file(resources.files("eloftr_ops.weights") / (name + _SUFFIX)) as file:
-            return _from_file(file)
+            return from_file(file, entry)
     if path.is_dir():
-        return _from_folder(path)
+        return from_folder(path, entry, variant)
     if path.is_file():
-        return _from_file(path)
+        return from_file(path, entry)
     names = ", ".join(embedded_names()) or "none in this installation"
     raise WeightsNotFoundError(
         f"name_or_path: expected the name of embedded weights ({names}), a file, a folder or a Hub repository "
@@ -132,31 +141,14 @@ def _find(
     )
 
 
-def _names_a_file(path: Path) -> bool:
-    return path.suffix in (_SUFFIX, *CHECKPOINT_SUFFIXES)
+def _looks_local(path: Path) -> bool:
+    """It exists, or names a file of weights, or lies in a folder that exists here: no organisation is called so."""
+    return path.exists() or path.suffix in (_SUFFIX, *CHECKPOINT_SUFFIXES) or path.parent.is_dir()
 
 
-def _from_file(path: Path) -> Stored:
-    tensors, metadata = read_tensors(path)
-    config = read_metadata(metadata, str(path))
-    layout = guess_layout(tensors) if config is None else "eloftr_ops"
-    return Stored(tensors, layout, config, str(path))
-
-
-def _from_folder(folder: Path) -> Stored:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise WeightsNotFoundError(
-            f"{folder}: expected config.json beside the weights in the folder, found none; complete the folder, or "
-            "pass the path of the weights file itself."
-        )
-    described = read_folder_config(read_json(file), str(file))
-    tensors, _ = read_tensors(folder / described.weights)
-    return Stored(tensors, described.layout, described.config, str(folder / described.weights))
-
-
-def _from_hub(repository: Repository) -> Stored:
-    file = repository.fetch("config.json")
-    described = read_folder_config(read_json(file), f"{repository.name}/config.json")
-    tensors, _ = read_tensors(repository.pinned(file).fetch(described.weights))
-    return Stored(tensors, described.layout, described.config, f"{repository.name}/{described.weights}")
+def _expanded(name_or_path: str | os.PathLike[str]) -> Path:
+    """With the home folder in place of ``~``; as it is where there is no such user."""
+    try:
+        return Path(name_or_path).expanduser()
+    except RuntimeError:
+        return Path(name_or_path)

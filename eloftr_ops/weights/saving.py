@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from eloftr_ops.config import WeightLayout
 from eloftr_ops.model.matcher import EfficientLoFTR
-from eloftr_ops.weights.configs import CHECKPOINT, SAFETENSORS, folder_config, metadata_for
-from eloftr_ops.weights.files import COUNTER, FLOAT_DTYPES, write_file, write_folder
+from eloftr_ops.storage import write_file, write_folder
+from eloftr_ops.weights.configs import CHECKPOINT, FORMAT, SAFETENSORS, folder_config, metadata_for
+from eloftr_ops.weights.files import COUNTER, FLOAT_DTYPES
 from eloftr_ops.weights.layouts import AUTHORS_PREFIX
 from eloftr_ops.weights.names import to_layout
 
@@ -29,7 +31,9 @@ def save_pretrained(
 ) -> None:
     """Write a folder that :func:`load_pretrained` loads to the same model, bit by bit.
 
-    A new folder appears at once and whole; in one that exists, files are replaced one by one, weights first.
+    Each file is replaced in one step, weights first. Both files name the save that they are part of, and the weights
+    carry their configuration too: a reader never takes the configuration of another model, even where the writer was
+    killed between the two files. Writers of one folder on one machine take turns.
 
     Args:
         model: in training or re-parameterised form, on any device.
@@ -57,15 +61,16 @@ def save_pretrained(
         _check_expressible(model, state)
     prefix = AUTHORS_PREFIX if layout == "authors" else ""
     state = {prefix + to_layout(name, layout): tensor for name, tensor in state.items()}
+    save = uuid.uuid4().hex
+    metadata = metadata_for(model.config, layout, save)
     if layout == "authors":
         buffer = io.BytesIO()
-        torch.save({"state_dict": state}, buffer)
+        torch.save({"state_dict": state, FORMAT: metadata[FORMAT]}, buffer)
         weights = {CHECKPOINT: buffer.getvalue()}
     else:
-        metadata = {"format": "pt"} if layout == "transformers" else metadata_for(model.config)
         weights = {SAFETENSORS: safetensors.torch.save(state, metadata)}
     dtype = next(model.parameters()).dtype
-    write_folder(Path(folder), {**weights, "config.json": folder_config(model.config, layout, dtype)})
+    write_folder(Path(folder), {**weights, "config.json": folder_config(model.config, layout, dtype, save)})
 
 
 def write_embedded(

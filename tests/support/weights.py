@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models with weights that leave no entry at its initial value."""
 
+import json
+from pathlib import Path
+
+import safetensors.torch
 import torch
 
 from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig
@@ -58,3 +62,20 @@ def image_pair(height: int = 96, width: int = 128) -> torch.Tensor:
         0, 1
     )
     return torch.cat([large[..., :height, :width], large[..., 16:, 8 : width + 8]])
+
+
+def shard(folder: Path, suffix: str = "safetensors") -> None:
+    """Split the ``model.safetensors`` of a folder in two, as transformers names them; no metadata."""
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    places = {}
+    for number in (1, 2):
+        name = f"{stem}-{number:05d}-of-00002.{suffix}"
+        part = {key: state[key] for key in sorted(state)[number - 1 :: 2]}
+        if suffix == "safetensors":
+            safetensors.torch.save_file(part, folder / name)
+        else:
+            torch.save(part, folder / name)
+        places |= dict.fromkeys(part, name)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Hub, without a network: a cache laid out as the Hub client lays it out, and a download that is observed."""
 
+import time
+
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
 from eloftr_ops import EfficientLoFTR
 from eloftr_ops.weights import WeightsNotFoundError, load_pretrained
-from support.weights import randomise, same_weights, tiny_model
+from support.weights import randomise, same_weights, shard, tiny_model
 
 NAME = "zju-community/efficientloftr"
 COMMITS = ("a" * 40, "b" * 40)
@@ -56,6 +58,7 @@ def test_what_is_asked_of_the_hub(cached, monkeypatch):
         return str(cache / "models--zju-community--efficientloftr" / "snapshots" / COMMITS[0] / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("eloftr_ops.weights.hub.can_connect", lambda endpoint: True)
     assert same_weights(load_pretrained(NAME, revision="v1"), models[0])
     options = {"cache_dir": None, "local_files_only": False}
     assert calls == [
@@ -95,3 +98,34 @@ def test_a_revision_of_something_that_has_none(tmp_path):
     tiny_model().save_pretrained(tmp_path / "folder")
     with pytest.raises(ValueError, match=r"revision: expected None, since .* is no Hub repository"):
         load_pretrained(tmp_path / "folder", revision="main")
+
+
+def test_without_a_connection_the_cache_is_asked_at_once(cached, monkeypatch):
+    """The client of the Hub tries for half a minute; a closed port says at once that nobody answers."""
+    cache, models = cached
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    for proxy in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+        monkeypatch.delenv(proxy.upper(), raising=False)
+    started = time.monotonic()
+    assert same_weights(load_pretrained(NAME, cache_dir=cache), models[1])
+    with pytest.raises(WeightsNotFoundError, match="could not get config"):
+        load_pretrained("runs/mine", cache_dir=cache)
+    assert time.monotonic() - started < 5
+
+
+def test_a_path_in_a_folder_that_exists_is_not_looked_up(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **options: pytest.fail("asked"))
+    for name in ("runs/mine", "~nobody-of-this-name/x"):
+        with pytest.raises(WeightsNotFoundError, match="check the spelling and the path"):
+            load_pretrained(name)
+
+
+def test_a_repository_in_shards(cached):
+    cache, models = cached
+    snapshot = cache / "models--zju-community--efficientloftr" / "snapshots" / COMMITS[1]
+    shard(snapshot)
+    loaded = load_pretrained(NAME, cache_dir=cache, local_files_only=True)
+    assert same_weights(loaded, models[1])
