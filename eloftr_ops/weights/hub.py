@@ -36,8 +36,8 @@ class Repository(NamedTuple):
             WeightsNotFoundError: unknown repository, revision or file, or no way to reach them.
         """
         import huggingface_hub
+        from huggingface_hub import constants
 
-        constants = huggingface_hub.constants
         offline = self.local_files_only or constants.HF_HUB_OFFLINE or not can_connect(constants.ENDPOINT)
         try:
             path = huggingface_hub.hf_hub_download(

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from eloftr_ops.config import WeightLayout
 from eloftr_ops.weights.files import check_plain
-from eloftr_ops.weights.names import WeightLayout, to_layout
+from eloftr_ops.weights.names import to_layout
 
 # Components that DataParallel, DDP, AveragedModel, torch.compile, FSDP and checkpointing put into names.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

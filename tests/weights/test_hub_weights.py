@@ -5,6 +5,7 @@ import time
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
 from eloftr_ops import EfficientLoFTR
@@ -43,7 +44,7 @@ def test_a_revision_pins_the_weights(cached):
 
 def test_the_offline_variable_is_heeded(cached, monkeypatch):
     cache, models = cached
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert same_weights(load_pretrained(NAME, cache_dir=cache), models[1])
     with pytest.raises(WeightsNotFoundError, match="hf download zju-community/other --local-dir FOLDER"):
         load_pretrained("zju-community/other", cache_dir=cache)
@@ -103,7 +104,7 @@ def test_a_revision_of_something_that_has_none(tmp_path):
 def test_without_a_connection_the_cache_is_asked_at_once(cached, monkeypatch):
     """The client of the Hub tries for half a minute; a closed port says at once that nobody answers."""
     cache, models = cached
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     for proxy in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(proxy, raising=False)
         monkeypatch.delenv(proxy.upper(), raising=False)
