@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eloftr_ops.geometry._linalg import unit_magnitude, work_dtype
+from eloftr_ops.geometry._linalg import unit_magnitude
+from eloftr_ops.geometry._precision import to_work
 
 
 def check_floats(name: str, value: Any) -> None:
@@ -78,7 +79,7 @@ def check_matrices(name: str, matrices: Tensor, batch_size: int, rows: int = 3) 
 def check_intrinsics(name: str, intrinsics: Tensor, batch_size: int) -> None:
     """Raise unless `intrinsics` is `(batch_size, 3, 3)`, finite and safely invertible."""
     check_matrices(name, intrinsics, batch_size)
-    K = unit_magnitude(intrinsics.detach().to(work_dtype(intrinsics.device)), (1, 2))
+    K = unit_magnitude(to_work(intrinsics.detach()), (1, 2))
     rows = torch.linalg.vector_norm(K, dim=-1).clamp_min(torch.finfo(K.dtype).tiny)
     # Hadamard's ratio: 1 for orthogonal rows, 0 for a singular matrix, whatever the focal length.
     singular = torch.linalg.det(K / rows[..., None]).abs() < 1e-9

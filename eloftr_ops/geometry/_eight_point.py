@@ -13,7 +13,9 @@ from eloftr_ops.geometry._linalg import (
     homogeneous,
     normalise_points,
     plane_basis,
+    shares,
     smallest_eigenvector,
+    unit_magnitude,
 )
 from eloftr_ops.geometry._ragged import PaddedMatches
 
@@ -53,9 +55,7 @@ def eight_point(matches: PaddedMatches, weights: Tensor) -> EightPoint:
     frame1 = normalise_points(matches.points1, weights, matches.eps)
     x0, x1 = homogeneous(frame0.points), homogeneous(frame1.points)
     rows = (x1[..., :, None] * x0[..., None, :]).flatten(2)
-    total = weights.sum(1)
-    share = weights / torch.where(total > 0, total, 1.0)[:, None]
-    moment = (rows * share[..., None]).mT @ rows
+    moment = (rows * shares(weights)[..., None]).mT @ rows
     rounding = torch.maximum(frame0.rounding, frame1.rounding)
     least_gap = (ROUNDINGS * rounding).square().clamp_min(LEAST_GAP)
     vector, gap, open_gap = smallest_eigenvector(moment, least_gap)
@@ -115,13 +115,14 @@ def nearest_essential(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def to_pixels(matrix: Tensor, frame0: Normalised, frame1: Normalised) -> Tensor:
-    """Undo the normalisation: `T1^T F T0`."""
-    return frame1.transform.mT @ matrix @ frame0.transform
+    """Undo the normalisation, up to scale: `T1^T F T0`."""
+    outer, inner = (unit_magnitude(frame.transform, (1, 2)) for frame in (frame1, frame0))
+    return outer.mT @ matrix @ inner
 
 
 def with_fixed_sign(matrix: Tensor) -> Tensor:
     """Unit Frobenius norm; the entry of largest magnitude is positive."""
-    flat = matrix.flatten(1)
+    flat = unit_magnitude(matrix, (1, 2)).flatten(1)
     norm = flat.square().sum(1)
     inverse = torch.where(norm > 0, torch.where(norm > 0, norm, 1.0).rsqrt(), 1.0)
     largest = flat.detach().abs().argmax(1, keepdim=True)

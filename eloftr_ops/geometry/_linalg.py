@@ -12,6 +12,10 @@ from torch import Tensor
 LEAST_GAP = 1e-12
 # A direction whose singular value is within this many coordinate roundings is not determined by the data.
 ROUNDINGS = 32.0
+# Magnitudes that are computed with as they come.
+ORDINARY = (2.0**-100, 2.0**100)
+# Normalised coordinates and residuals beyond this count as this: far away, whatever the number.
+FAR = 1e30
 
 
 class Normalised(NamedTuple):
@@ -25,30 +29,33 @@ class Normalised(NamedTuple):
     rounding: Tensor  # (B,), size in this frame of the rounding of the input dtype
 
 
-def work_dtype(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on a device that has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of results for an input dtype: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def power_of_two(values: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Return the power of two of the largest magnitude over `dim`, kept as sizes of one; no gradient.
 
     Dividing by a power of two is exact. Where all values are zero it is 1.
     """
     largest = values.detach().abs().amax(dim, keepdim=True)
-    smallest = math.frexp(torch.finfo(values.dtype).tiny)[1] - 1
-    exponent = torch.where(largest > 0, torch.frexp(largest)[1] - 1, 0).clamp_min(smallest)
-    return torch.ldexp(torch.ones_like(largest), exponent)
+    smallest = math.log2(torch.finfo(values.dtype).tiny)
+    exponent = torch.log2(torch.where(largest > 0, largest, 1.0)).floor()
+    return torch.exp2(exponent.clamp(smallest, 1.0 - smallest))
 
 
 def unit_magnitude(values: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Divide by the power of two of the largest magnitude over `dim`: entries in (-2, 2), no overflow."""
     return values / power_of_two(values, dim)
+
+
+def extreme_unit(values: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """`power_of_two` where the square of the largest magnitude could overflow or vanish, 1 elsewhere."""
+    unit = power_of_two(values, dim)
+    return torch.where((unit < ORDINARY[0]) | (unit > ORDINARY[1]), unit, 1.0)
+
+
+def homography_in_units(H: Tensor, unit0: Tensor, unit1: Tensor) -> Tensor:
+    """`diag(u1, u1, 1) H diag(1 / u0, 1 / u0, 1)`: homographies of coordinates counted in other units."""
+    rows = torch.stack([unit1, unit1, torch.ones_like(unit1)], dim=1)
+    columns = torch.stack([unit0, unit0, torch.ones_like(unit0)], dim=1)
+    return rows[:, :, None] * H / columns[:, None]
 
 
 def safe_norm(vectors: Tensor) -> Tensor:
@@ -107,6 +114,12 @@ def rank_two_null(matrix: Tensor) -> Tensor:
     return safe_normalise(vector)
 
 
+def shares(weights: Tensor) -> Tensor:
+    """Weights `(B, N)` divided by their sum; zero stays zero."""
+    total = weights.sum(1, keepdim=True)
+    return weights / torch.where(total > 0, total, 1.0)
+
+
 def normalise_points(points: Tensor, weights: Tensor, eps: float) -> Normalised:
     """Translate and scale weighted points into Hartley's frame (Hartley 1997, section 4).
 
@@ -119,13 +132,12 @@ def normalise_points(points: Tensor, weights: Tensor, eps: float) -> Normalised:
         The normalised points and both transforms. Points that all coincide are only translated. The gradient
         flows to points and weights through centroid and scale.
     """
-    total = weights.sum(1)
-    share = weights / torch.where(total > 0, total, 1.0)[:, None]
+    share = shares(weights)
     centre = (share[..., None] * points).sum(1)
     centred = points - centre[:, None]
     distance = (share * safe_norm(centred)).sum(1)
     magnitude = (share.detach() * points.detach().square().sum(-1)).sum(1).sqrt()
-    spread = distance.detach() > 64 * eps * magnitude
+    spread = distance.detach() > torch.clamp(64 * eps * magnitude, min=1.0 / FAR**4)
     scale = torch.where(spread, math.sqrt(2.0) / torch.where(spread, distance, 1.0), 1.0)
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
     shift = -scale[:, None] * centre

@@ -28,7 +28,7 @@ POLISHING_STEPS = 6
 SETTLED = 1e-12
 
 
-class Objective(NamedTuple):
+class RobustCost(NamedTuple):
     """A robust, weighted sum of squared residuals of padded matches; points in a frame of unit size."""
 
     residual: Residual
@@ -38,13 +38,22 @@ class Objective(NamedTuple):
     scale: Tensor  # (B,), robust scale in the unit of the points
     kernel: str | None
 
-    def detached(self) -> "Objective":
+    def detached(self) -> "RobustCost":
         """Return the same objective without a graph."""
         return self._replace(
             points0=self.points0.detach(),
             points1=self.points1.detach(),
             weights=self.weights.detach(),
             scale=self.scale.detach(),
+        )
+
+    def with_gradient_where(self, pairs: Tensor) -> "RobustCost":
+        """Return the same objective, whose other pairs pass no gradient on, not even NaN."""
+        return self._replace(
+            points0=torch.where(pairs[:, None, None], self.points0, self.points0.detach()),
+            points1=torch.where(pairs[:, None, None], self.points1, self.points1.detach()),
+            weights=torch.where(pairs[:, None], self.weights, self.weights.detach()),
+            scale=torch.where(pairs, self.scale, self.scale.detach()),
         )
 
     def _shares(self) -> Tensor:
@@ -79,7 +88,7 @@ class Minimum(Generic[ChartT]):
     converged: Tensor  # (B,) bool
 
 
-def minimise(chart: ChartT, objective: Objective, steps: int, least_gap: Tensor) -> Minimum[ChartT]:
+def minimise(chart: ChartT, objective: RobustCost, steps: int, least_gap: Tensor) -> Minimum[ChartT]:
     """Levenberg-Marquardt from `chart`, then the implicit gradient at the end point.
 
     Args:
@@ -111,7 +120,7 @@ def minimise(chart: ChartT, objective: Objective, steps: int, least_gap: Tensor)
     delta = zero
     if torch.is_grad_enabled() and _carries_gradient(objective):
         hessian = _usable_hessian(chart, constant, safe, converged)
-        _, live = objective.normal_equations(chart.at(zero), chart.tangent)
+        _, live = objective.with_gradient_where(converged).normal_equations(chart.at(zero), chart.tangent)
         live = torch.where(converged[:, None], live, 0.0)
         step = -torch.linalg.solve_ex(hessian, live)[0]
         delta = _first_order(step - step.detach())
@@ -150,12 +159,12 @@ _refuse: Callable[[Tensor, Tensor], Tensor] = _Refuse.apply
 _first_order: Callable[[Tensor], Tensor] = _FirstOrder.apply
 
 
-def _carries_gradient(objective: Objective) -> bool:
+def _carries_gradient(objective: RobustCost) -> bool:
     data = (objective.points0, objective.points1, objective.weights, objective.scale)
     return any(part.requires_grad for part in data)
 
 
-def _levenberg_marquardt(chart: ChartT, objective: Objective, steps: int) -> ChartT:
+def _levenberg_marquardt(chart: ChartT, objective: RobustCost, steps: int) -> ChartT:
     tangent = chart.tangent
     zero = tangent.new_zeros(tangent.shape[0], tangent.shape[2])
     eye = torch.eye(zero.shape[1], dtype=zero.dtype, device=zero.device)
@@ -176,7 +185,7 @@ def _levenberg_marquardt(chart: ChartT, objective: Objective, steps: int) -> Cha
     return chart
 
 
-def _polished(chart: ChartT, objective: Objective) -> ChartT:
+def _polished(chart: ChartT, objective: RobustCost) -> ChartT:
     """Newton steps with the full Hessian; re-weighting alone converges too slowly for an exact gradient."""
     for _ in range(POLISHING_STEPS):
         hessian = _hessian(chart, objective)
@@ -194,7 +203,7 @@ def _polished(chart: ChartT, objective: Objective) -> ChartT:
     return chart
 
 
-def _usable_hessian(chart: ChartT, objective: Objective, gauss_newton: Tensor, converged: Tensor) -> Tensor:
+def _usable_hessian(chart: ChartT, objective: RobustCost, gauss_newton: Tensor, converged: Tensor) -> Tensor:
     """Full Hessian where it is positive definite, the Gauss-Newton matrix (or the identity) elsewhere."""
     hessian = _hessian(chart, objective)
     definite = converged & _positive_definite(hessian)
@@ -210,10 +219,10 @@ def _positive_definite(matrix: Tensor) -> Tensor:
     return finite & (info == 0)
 
 
-def _hessian(chart: ChartT, objective: Objective) -> Tensor:
+def _hessian(chart: ChartT, objective: RobustCost) -> Tensor:
     """Second derivative `(B, p, p)` of the cost; pairs do not interact, so p backward passes suffice."""
     with torch.inference_mode(False), torch.enable_grad():
-        normal = Objective(
+        normal = RobustCost(
             objective.residual,
             objective.points0.clone(),
             objective.points1.clone(),

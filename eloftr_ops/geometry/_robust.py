@@ -32,7 +32,7 @@ def robust_cost(squared: Tensor, scale: Tensor, kernel: str | None) -> Tensor:
     """
     if kernel is None:
         return 0.5 * squared
-    limit = scale.square()[:, None]
+    limit = _limit(scale)
     if kernel == "cauchy":
         return 0.5 * limit * torch.log1p(squared / limit)
     return 0.5 * squared / (1.0 + squared / limit)
@@ -42,8 +42,13 @@ def robust_weight(squared: Tensor, scale: Tensor, kernel: str | None) -> Tensor:
     """Weight in [0, 1] of each residual in re-weighted least squares: twice the derivative of the cost."""
     if kernel is None:
         return torch.ones_like(squared)
-    weight = 1.0 / (1.0 + squared / scale.square()[:, None])
+    weight = 1.0 / (1.0 + squared / _limit(scale))
     return weight if kernel == "cauchy" else weight.square()
+
+
+def _limit(scale: Tensor) -> Tensor:
+    """Squared scale `(B, 1)`, kept where neither it nor a quotient by it overflows."""
+    return scale.clamp(1e-60, 1e60).square()[:, None]
 
 
 def far_point_weight(points: Tensor, weights: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from eloftr_ops.geometry._checks import check_choice, check_intrinsics, check_matches, check_scale
 from eloftr_ops.geometry._eight_point import nearest_essential, with_fixed_sign
-from eloftr_ops.geometry._linalg import result_dtype, skew
-from eloftr_ops.geometry._ragged import canonical_order, pad_matches
-from eloftr_ops.geometry.fundamental import fundamental_from_matches
+from eloftr_ops.geometry._linalg import skew
+from eloftr_ops.geometry._precision import returned
+from eloftr_ops.geometry._ragged import Matches, canonical_order, pad_matches
+from eloftr_ops.geometry.fundamental import camera_matrix, fundamental_from_matches
 from eloftr_ops.geometry.homography import homography_from_matches
-from eloftr_ops.geometry.pose import choose_motion, relative_pose_from_matches, to_camera
+from eloftr_ops.geometry.pose import choose_motion, in_camera_coordinates, relative_pose_from_matches
 
 __all__ = ["ConsensusEstimate", "estimate_robust"]
 
@@ -105,8 +106,11 @@ def estimate_robust(
         if matrix is not None and matrix.shape == (3, 3) and np.isfinite(matrix).all():
             matrices[pair] = torch.from_numpy(matrix)
             inliers[rows] = torch.from_numpy(mask.ravel() > 0)
-    kept = (keypoints0.detach(), keypoints1.detach(), batch_indexes, inliers.to(keypoints0.device))
-    return _judged(model, matrices.to(keypoints0.device), kept, K0, K1)
+    cameras = None if K0 is None or K1 is None else (K0.detach().cpu(), K1.detach().cpu())
+    kept = Matches(keypoints0.detach().cpu(), keypoints1.detach().cpu(), index, batch_size, inliers.double())
+    judged = _judged(model, matrices, kept, cameras)
+    found, valid = (returned(x, keypoints0) for x in judged)
+    return ConsensusEstimate(found, valid, inliers.to(keypoints0.device) & valid[batch_indexes.long()])
 
 
 def _check_options(model: str, threshold: float, confidence: float, max_iterations: int) -> None:
@@ -166,56 +170,44 @@ def _solver(model: str, parameters: Any, K0: Tensor | None, K1: Tensor | None) -
 
 
 def _judged(
-    model: str,
-    matrices: Tensor,
-    kept: tuple[Tensor, Tensor, Tensor, Tensor],
-    K0: Tensor | None,
-    K1: Tensor | None,
-) -> ConsensusEstimate:
-    """Normalise the models as the differentiable estimators do, and let those say which are determined."""
-    keypoints0, keypoints1, batch_indexes, inliers = kept
-    batch_size = matrices.shape[0]
-    matches = (keypoints0, keypoints1, batch_indexes)
-    weights = inliers.to(keypoints0.dtype)
-    dtype = result_dtype(keypoints0.dtype)
-    with torch.no_grad():
-        if K0 is not None and K1 is not None and model in _CALIBRATED:
-            result, front = _poses(matrices, matches, weights, K0, K1)
-            estimate = relative_pose_from_matches(
-                *matches[:2], K0, K1, matches[2], weights=weights, refine_steps=1, initial_0to1=result
-            )
-            valid, empty = estimate.valid & front, torch.eye(4, dtype=dtype, device=matrices.device)
-            if model == "essential":
-                result, empty = (
-                    with_fixed_sign(skew(result[:, :3, 3]) @ result[:, :3, :3]),
-                    0.0 * empty[:3, :3],
-                )
-        elif model == "homography":
-            root = torch.linalg.det(matrices)
-            root = root.sign() * root.abs().pow(1.0 / 3.0)
-            result = matrices / torch.where(root == 0, 1.0, root)[:, None, None]
-            valid = homography_from_matches(*matches, batch_size=batch_size, weights=weights).valid & (
-                root != 0
-            )
-            empty = torch.eye(3, dtype=dtype, device=matrices.device)
-        else:
-            result = with_fixed_sign(matrices)
-            valid = fundamental_from_matches(*matches, batch_size=batch_size, weights=weights).valid
-            empty = torch.zeros(3, 3, dtype=dtype, device=matrices.device)
-        chosen = torch.where(valid[:, None, None], result.to(dtype), empty)
-        return ConsensusEstimate(chosen, valid, inliers & valid[batch_indexes.long()])
-
-
-def _poses(
-    E: Tensor, matches: tuple[Tensor, Tensor, Tensor], weights: Tensor, K0: Tensor, K1: Tensor
+    model: str, matrices: Tensor, matches: Matches, cameras: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    padded = pad_matches(*matches, E.shape[0], weights)
-    camera = padded._replace(
-        points0=to_camera(padded.points0, K0.to(padded.points0.dtype)),
-        points1=to_camera(padded.points1, K1.to(padded.points1.dtype)),
-    )
-    essential, t, _ = nearest_essential(with_fixed_sign(E.to(padded.points0.dtype)))
-    R, t, front = choose_motion(essential, t, camera)
-    T = torch.eye(4, dtype=R.dtype, device=R.device).repeat(R.shape[0], 1, 1)
+    """Normalise the models as the differentiable estimators do, and let those say which are determined.
+
+    Args:
+        model: the name.
+        matrices: `(B, 3, 3)` as OpenCV returns them.
+        matches: all matches, with weight 1 for inliers and 0 for the others.
+        cameras: intrinsics of both cameras, where the model needs them.
+    """
+    points, batch_size, weights = matches[:3], matches.batch_size, matches.weights
+    if model in _CALIBRATED and cameras is not None:
+        T, front = _poses(matrices, matches, cameras)
+        estimate = relative_pose_from_matches(
+            *points[:2], *cameras, points[2], weights=weights, refine_steps=1, initial_0to1=T
+        )
+        valid, result, empty = estimate.valid & front, T, torch.eye(4, dtype=T.dtype)
+        if model == "essential":
+            result, empty = (
+                with_fixed_sign(skew(T[:, :3, 3]) @ T[:, :3, :3]),
+                torch.zeros(3, 3, dtype=T.dtype),
+            )
+    elif model == "homography":
+        root = torch.linalg.det(matrices)
+        root = root.sign() * root.abs().pow(1.0 / 3.0)
+        result = matrices / torch.where(root == 0, 1.0, root)[:, None, None]
+        valid = homography_from_matches(*points, batch_size=batch_size, weights=weights).valid & (root != 0)
+        empty = torch.eye(3, dtype=result.dtype)
+    else:
+        result, empty = with_fixed_sign(matrices), torch.zeros(3, 3, dtype=matrices.dtype)
+        valid = fundamental_from_matches(*points, batch_size=batch_size, weights=weights).valid
+    return torch.where(valid[:, None, None], result, empty), valid
+
+
+def _poses(E: Tensor, matches: Matches, cameras: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    padded, usable = in_camera_coordinates(pad_matches(matches), *(camera_matrix(K) for K in cameras))
+    essential, t, _ = nearest_essential(with_fixed_sign(E))
+    R, t, front = choose_motion(essential, t, padded)
+    T = torch.eye(4, dtype=R.dtype).repeat(R.shape[0], 1, 1)
     T[:, :3, :3], T[:, :3, 3] = R, t
-    return T, front
+    return T, front & usable

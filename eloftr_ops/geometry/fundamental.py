@@ -22,9 +22,10 @@ from eloftr_ops.geometry._eight_point import (
     to_pixels,
     with_fixed_sign,
 )
-from eloftr_ops.geometry._linalg import Normalised, result_dtype, skew, work_dtype
-from eloftr_ops.geometry._ragged import PaddedMatches, pad_matches
-from eloftr_ops.geometry._refine import Objective, minimise
+from eloftr_ops.geometry._linalg import FAR, Normalised, skew, unit_magnitude
+from eloftr_ops.geometry._precision import returned, to_work
+from eloftr_ops.geometry._ragged import Matches, PaddedMatches, solve_in_pieces
+from eloftr_ops.geometry._refine import RobustCost, minimise
 from eloftr_ops.geometry._residuals import SampsonResidual
 from eloftr_ops.geometry._robust import (
     KERNELS,
@@ -104,22 +105,25 @@ def fundamental_from_matches(
     check_choice("robust", robust, KERNELS)
     check_scale("robust_scale", robust_scale)
     steps = resolve_steps(refine_steps, robust, False)
-    matches = pad_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
-    if steps == 0:
-        solution = eight_point(matches, matches.weights)
-        matrix, unique = nearest_rank_two(solution.matrix)
-        F = to_pixels(matrix, solution.frame0, solution.frame1)
-        valid = solution.determined & unique
-        converged, conditioning = valid, solution.gap
-    else:
-        F, valid, converged, conditioning = _refined_estimate(matches, robust, robust_scale, steps)
-    F = torch.where(valid[:, None, None], with_fixed_sign(F), 0.0)
-    scale = F.new_full((batch_size,), robust_scale)
-    squared = SampsonResidual.value(F, matches.points0, matches.points1).square().sum(-1)
-    inlier_weights = matches.gather(robust_weight(squared, scale, robust))
-    dtype = result_dtype(keypoints0.dtype)
+
+    def solve(matches: PaddedMatches, pairs: Tensor) -> tuple[Tensor, ...]:
+        scale = robust_scale / matches.unit1
+        if steps == 0:
+            solution = eight_point(matches, matches.weights)
+            matrix, unique = nearest_rank_two(solution.matrix)
+            F = to_pixels(matrix, solution.frame0, solution.frame1)
+            valid = solution.determined & unique
+            converged, conditioning = valid, solution.gap
+        else:
+            F, valid, converged, conditioning = _refined_estimate(matches, robust, scale, steps)
+        F = torch.where(valid[:, None, None], with_fixed_sign(F), 0.0)
+        squared = SampsonResidual.value(F, matches.points0, matches.points1).clamp(-FAR, FAR).square().sum(-1)
+        F = with_fixed_sign(_in_pixels(F, matches.unit0))
+        return F, valid, converged, conditioning, robust_weight(squared, scale, robust)
+
+    matches = Matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
     return FundamentalEstimate(
-        F.to(dtype), valid, converged, conditioning.to(dtype), inlier_weights.to(dtype)
+        *(returned(x, keypoints0) for x in solve_in_pieces(matches, solve, one_unit=True))
     )
 
 
@@ -151,11 +155,23 @@ def fundamental_from_pose(T_0to1: Tensor, K0: Tensor, K1: Tensor) -> Tensor:
     check_matrices("T_0to1", T_0to1, batch_size_of("T_0to1", T_0to1), rows=4)
     check_intrinsics("K0", K0, T_0to1.shape[0])
     check_intrinsics("K1", K1, T_0to1.shape[0])
-    work = work_dtype(T_0to1.device)
-    T, inverse0, inverse1 = T_0to1.to(work), torch.linalg.inv(K0.to(work)), torch.linalg.inv(K1.to(work))
-    F = inverse1.mT @ skew(T[:, :3, 3]) @ T[:, :3, :3] @ inverse0
-    result: Tensor = F.to(result_dtype(T_0to1.dtype))
-    return result
+    T = to_work(T_0to1)
+    inverse0, inverse1 = (torch.linalg.inv(camera_matrix(K)) for K in (K0, K1))
+    return returned(inverse1.mT @ skew(T[:, :3, 3]) @ T[:, :3, :3] @ inverse0, T_0to1)
+
+
+def camera_matrix(K: Tensor) -> Tensor:
+    """Intrinsics in float64 with last entry 1, whatever multiple they came as."""
+    K = unit_magnitude(to_work(K), (1, 2))
+    last = K[:, 2:, 2:]
+    return K / torch.where(last == 0, 1.0, last)
+
+
+def _in_pixels(F: Tensor, unit: Tensor) -> Tensor:
+    """`D F D` with `D = diag(1, 1, u)`: fundamental matrices of coordinates that were counted in units of u."""
+    scale = torch.stack([torch.ones_like(unit), torch.ones_like(unit), unit], dim=1)
+    scale = scale / scale.amax(1, keepdim=True)
+    return scale[:, :, None] * F * scale[:, None]
 
 
 def robust_eight_point(matches: PaddedMatches, scale: Tensor) -> Tensor:
@@ -181,7 +197,7 @@ def robust_eight_point(matches: PaddedMatches, scale: Tensor) -> Tensor:
         return squared(matrix, matches.points0, matches.points1)
 
     def propose(sample0: Tensor, sample1: Tensor) -> Tensor:
-        sample = PaddedMatches(sample0, sample1, torch.ones_like(sample0[..., 0]), matches.slots, matches.eps)
+        sample = PaddedMatches(sample0, sample1, torch.ones_like(sample0[..., 0]), *matches[3:])
         solution = eight_point(sample, sample.weights)
         return to_pixels(solution.matrix, solution.frame0, solution.frame1)
 
@@ -193,7 +209,7 @@ def robust_eight_point(matches: PaddedMatches, scale: Tensor) -> Tensor:
 
 
 def _refined_estimate(
-    matches: PaddedMatches, robust: str | None, robust_scale: float, steps: int
+    matches: PaddedMatches, robust: str | None, scale: Tensor, steps: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
         linear = eight_point(matches, matches.weights)
@@ -203,18 +219,17 @@ def _refined_estimate(
         pixels = to_pixels(linear.matrix, linear.frame0, linear.frame1)
         determined = linear.determined
         if robust is not None:
-            scale = common.new_full(common.shape, robust_scale)
             pixels = robust_eight_point(matches, scale)
             squared = SampsonResidual.value(pixels, matches.points0, matches.points1).square().sum(-1)
             trusted = matches.weights * robust_weight(squared, scale, robust)
             determined = eight_point(matches, trusted).determined
         start, unique = nearest_rank_two(_between(pixels, shift0, shift1))
-    objective = Objective(
+    objective = RobustCost(
         SampsonResidual(),
-        matches.points0 * common[:, None, None] + shift0[:, None, :2, 2],
-        matches.points1 * common[:, None, None] + shift1[:, None, :2, 2],
+        (matches.points0 * common[:, None, None] + shift0[:, None, :2, 2]).clamp(-FAR, FAR),
+        (matches.points1 * common[:, None, None] + shift1[:, None, :2, 2]).clamp(-FAR, FAR),
         matches.weights,
-        robust_scale * common,
+        scale * common,
         robust,
     )
     minimum = minimise(FundamentalChart.centred(start), objective, steps, linear.least_gap)

@@ -9,18 +9,20 @@ from torch import Tensor
 from eloftr_ops.geometry._charts import HomographyChart
 from eloftr_ops.geometry._checks import check_choice, check_floats, check_matches, check_matrices, check_scale
 from eloftr_ops.geometry._linalg import (
+    FAR,
     LEAST_GAP,
     ROUNDINGS,
     Normalised,
     homogeneous,
+    homography_in_units,
     normalise_points,
-    result_dtype,
+    shares,
     smallest_eigenvector,
     unit_magnitude,
-    work_dtype,
 )
-from eloftr_ops.geometry._ragged import PaddedMatches, pad_matches
-from eloftr_ops.geometry._refine import Objective, minimise
+from eloftr_ops.geometry._precision import result_dtype, returned, to_work
+from eloftr_ops.geometry._ragged import Matches, PaddedMatches, solve_in_pieces
+from eloftr_ops.geometry._refine import RobustCost, minimise
 from eloftr_ops.geometry._residuals import TransferResidual, guarded_depth
 from eloftr_ops.geometry._robust import (
     KERNELS,
@@ -122,19 +124,28 @@ def homography_from_matches(
     steps = resolve_steps(refine_steps, robust, initial_0to1 is not None)
     if initial_0to1 is not None:
         check_matrices("initial_0to1", initial_0to1, batch_size)
-    matches = pad_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
-    if steps == 0:
-        H, valid, conditioning = _linear_estimate(matches)
-        converged = valid
-    else:
-        H, valid, converged, conditioning = _refined_estimate(
-            matches, robust, robust_scale, steps, initial_0to1
+
+    def solve(matches: PaddedMatches, pairs: Tensor) -> tuple[Tensor, ...]:
+        scale = robust_scale / matches.unit1
+        if steps == 0:
+            H, valid, conditioning = _linear_estimate(matches)
+            converged = valid
+        else:
+            initial = None
+            if initial_0to1 is not None:
+                initial = homography_in_units(
+                    to_work(initial_0to1.detach())[pairs], 1.0 / matches.unit0, 1.0 / matches.unit1
+                )
+            H, valid, converged, conditioning = _refined_estimate(matches, robust, scale, steps, initial)
+        squared = (
+            TransferResidual.value(H, matches.points0, matches.points1).clamp(-FAR, FAR).square().sum(-1)
         )
-    scale = H.new_full((batch_size,), robust_scale)
-    squared = TransferResidual.value(H, matches.points0, matches.points1).square().sum(-1)
-    inlier_weights = matches.gather(robust_weight(squared, scale, robust))
-    dtype = result_dtype(keypoints0.dtype)
-    return HomographyEstimate(H.to(dtype), valid, converged, conditioning.to(dtype), inlier_weights.to(dtype))
+        ratio = (matches.unit0 / matches.unit1).pow(2.0 / 3.0)[:, None, None]
+        H = or_identity(homography_in_units(H, matches.unit0, matches.unit1) * ratio, valid)
+        return H, valid, converged, conditioning, robust_weight(squared, scale, robust)
+
+    matches = Matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
+    return HomographyEstimate(*(returned(x, keypoints0) for x in solve_in_pieces(matches, solve)))
 
 
 def apply_homography(H_0to1: Tensor, points0: Tensor) -> Tensor:
@@ -202,9 +213,7 @@ def _solve_linear(matches: PaddedMatches, weights: Tensor) -> _Linear:
     frame0 = normalise_points(matches.points0, weights, matches.eps)
     frame1 = normalise_points(matches.points1, weights, matches.eps)
     rows = _design(frame0.points, frame1.points).flatten(1, 2)
-    total = weights.sum(1)
-    share = weights / torch.where(total > 0, total, 1.0)[:, None]
-    moment = (rows * share.repeat_interleave(2, dim=1)[..., None]).mT @ rows
+    moment = (rows * shares(weights).repeat_interleave(2, dim=1)[..., None]).mT @ rows
     rounding = torch.maximum(frame0.rounding, frame1.rounding)
     least_gap = (ROUNDINGS * rounding).square().clamp_min(LEAST_GAP)
     vector, gap, open_gap = smallest_eigenvector(moment, least_gap)
@@ -218,11 +227,11 @@ def _solve_linear(matches: PaddedMatches, weights: Tensor) -> _Linear:
 def _linear_estimate(matches: PaddedMatches) -> tuple[Tensor, Tensor, Tensor]:
     solution = _solve_linear(matches, matches.weights)
     H = _with_unit_determinant(solution.matrix, solution.frame0, solution.frame1)
-    return _or_identity(H, solution.determined), solution.determined, solution.gap
+    return or_identity(H, solution.determined), solution.determined, solution.gap
 
 
 def _refined_estimate(
-    matches: PaddedMatches, robust: str | None, robust_scale: float, steps: int, initial: Tensor | None
+    matches: PaddedMatches, robust: str | None, robust_scale: Tensor, steps: int, initial: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
         bulk = matches.weights
@@ -233,10 +242,10 @@ def _refined_estimate(
         scale = robust_scale * frame1.scale
         start = linear.matrix
         if initial is not None:
-            start = frame1.transform @ initial.to(start.dtype) @ frame0.inverse
+            start = frame1.transform @ unit_magnitude(initial, (1, 2)) @ frame0.inverse
         elif robust is not None:
             start = _robust_start(matches, bulk, linear, scale)
-    objective = Objective(
+    objective = RobustCost(
         TransferResidual(),
         _similarity(frame0.transform, matches.points0),
         _similarity(frame1.transform, matches.points1),
@@ -249,7 +258,7 @@ def _refined_estimate(
     regular = torch.linalg.det(matrix.detach()).abs() > LEAST_DETERMINANT
     enough = (matches.weights > 0).sum(1) >= LEAST_MATCHES
     valid = minimum.determined & regular & enough & frame0.spread & frame1.spread
-    H = _or_identity(_with_unit_determinant(matrix, frame0, frame1), valid)
+    H = or_identity(_with_unit_determinant(matrix, frame0, frame1), valid)
     return H, valid, valid & minimum.converged, minimum.conditioning
 
 
@@ -278,18 +287,19 @@ def _robust_start(matches: PaddedMatches, bulk: Tensor, linear: _Linear, scale: 
 
 
 def _similarity(transform: Tensor, points: Tensor) -> Tensor:
-    return points * transform[:, None, :1, 0] + transform[:, None, :2, 2]
+    return (points * transform[:, None, :1, 0] + transform[:, None, :2, 2]).clamp(-FAR, FAR)
 
 
 def _with_unit_determinant(matrix: Tensor, frame0: Normalised, frame1: Normalised) -> Tensor:
     """Homographies between pixel frames, of determinant 1, from those between normalised frames."""
     # det(T1^-1 H T0), from the well-scaled factors rather than from the pixel matrix, where it cancels.
-    det = torch.linalg.det(matrix) * (frame0.scale / frame1.scale).square()
+    det = torch.linalg.det(matrix)
     safe = torch.where(det.abs() > torch.finfo(det.dtype).tiny, det, 1.0)
-    root = safe.sign() * safe.abs().pow(1.0 / 3.0)
+    root = safe.sign() * safe.abs().pow(1.0 / 3.0) * (frame0.scale / frame1.scale).pow(2.0 / 3.0)
     return frame1.inverse @ matrix @ frame0.transform / root[:, None, None]
 
 
-def _or_identity(H: Tensor, valid: Tensor) -> Tensor:
-    eye = torch.eye(3, dtype=work_dtype(H.device), device=H.device)
+def or_identity(H: Tensor, valid: Tensor) -> Tensor:
+    """H where valid, the identity elsewhere."""
+    eye = torch.eye(3, dtype=H.dtype, device=H.device)
     return torch.where(valid[:, None, None], H, eye)

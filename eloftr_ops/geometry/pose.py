@@ -22,17 +22,20 @@ from eloftr_ops.geometry._eight_point import (
     to_pixels,
     with_fixed_sign,
 )
-from eloftr_ops.geometry._linalg import adjugate, homogeneous, result_dtype, safe_normalise, skew, work_dtype
-from eloftr_ops.geometry._ragged import PaddedMatches, pad_matches
-from eloftr_ops.geometry._refine import Objective, minimise
+from eloftr_ops.geometry._linalg import adjugate, homogeneous, safe_normalise, skew, unit_magnitude
+from eloftr_ops.geometry._precision import returned, to_work
+from eloftr_ops.geometry._ragged import Matches, PaddedMatches, solve_in_pieces
+from eloftr_ops.geometry._refine import RobustCost, minimise
 from eloftr_ops.geometry._residuals import SampsonResidual
 from eloftr_ops.geometry._robust import KERNELS, robust_weight
-from eloftr_ops.geometry.fundamental import robust_eight_point
+from eloftr_ops.geometry.fundamental import camera_matrix, robust_eight_point
 from eloftr_ops.geometry.homography import resolve_steps
 
 __all__ = ["EssentialEstimate", "PoseEstimate", "essential_from_matches", "relative_pose_from_matches"]
 
 LEAST_MATCHES_REFINED = 5
+# Camera coordinates above this are directions at 90 degrees to the optical axis.
+FARTHEST = 1e30
 
 
 class EssentialEstimate(NamedTuple):
@@ -133,21 +136,13 @@ def relative_pose_from_matches(
         IndexError: a batch index out of range.
         TypeError: integer keypoints or weights, floating point batch indexes.
     """
-    motion = _estimate_motion(
-        keypoints0,
-        keypoints1,
-        batch_indexes,
-        (K0, K1),
-        weights,
-        (robust, robust_scale),
-        refine_steps,
-        initial_0to1,
-    )
+    matches = Matches(keypoints0, keypoints1, batch_indexes, batch_size_of("K0", K0), weights)
+    motion = _estimate_motion(matches, (K0, K1), (robust, robust_scale), refine_steps, initial_0to1)
     upper = torch.cat([motion.R, motion.t[:, :, None]], dim=2)
     lower = upper.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(upper.shape[0], 1, 4)
     eye = torch.eye(4, dtype=upper.dtype, device=upper.device)
     T = torch.where(motion.valid[:, None, None], torch.cat([upper, lower], dim=1), eye)
-    return PoseEstimate(T.to(result_dtype(keypoints0.dtype)), *_statistics(motion, keypoints0.dtype))
+    return PoseEstimate(*(returned(x, keypoints0) for x in (T, *motion[2:])))
 
 
 def essential_from_matches(
@@ -192,54 +187,61 @@ def essential_from_matches(
         IndexError: a batch index out of range.
         TypeError: integer keypoints or weights, floating point batch indexes.
     """
-    motion = _estimate_motion(
-        keypoints0, keypoints1, batch_indexes, (K0, K1), weights, (robust, robust_scale), refine_steps, None
-    )
+    matches = Matches(keypoints0, keypoints1, batch_indexes, batch_size_of("K0", K0), weights)
+    motion = _estimate_motion(matches, (K0, K1), (robust, robust_scale), refine_steps, None)
     E = torch.where(motion.valid[:, None, None], with_fixed_sign(skew(motion.t) @ motion.R), 0.0)
-    return EssentialEstimate(E.to(result_dtype(keypoints0.dtype)), *_statistics(motion, keypoints0.dtype))
-
-
-def _statistics(motion: _Motion, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = result_dtype(dtype)
-    return motion.valid, motion.converged, motion.conditioning.to(out), motion.inlier_weights.to(out)
+    return EssentialEstimate(*(returned(x, keypoints0) for x in (E, *motion[2:])))
 
 
 def _estimate_motion(
-    keypoints0: Tensor,
-    keypoints1: Tensor,
-    batch_indexes: Tensor,
+    matches: Matches,
     intrinsics: tuple[Tensor, Tensor],
-    weights: Tensor | None,
     kernel: tuple[str | None, float],
     refine_steps: int,
     initial: Tensor | None,
 ) -> _Motion:
-    K0, K1 = intrinsics
-    robust, robust_scale = kernel
-    batch_size = batch_size_of("K0", K0)
-    check_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
-    check_intrinsics("K0", K0, batch_size)
-    check_intrinsics("K1", K1, batch_size)
+    (K0, K1), (robust, robust_scale) = intrinsics, kernel
+    check_matches(*matches)
+    check_intrinsics("K0", K0, matches.batch_size)
+    check_intrinsics("K1", K1, matches.batch_size)
     check_choice("robust", robust, KERNELS)
     check_scale("robust_scale", robust_scale)
     steps = resolve_steps(refine_steps, robust, initial is not None)
-    work = work_dtype(keypoints0.device)
-    pixels = pad_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
-    matches = pixels._replace(
-        points0=to_camera(pixels.points0, K0.to(work)), points1=to_camera(pixels.points1, K1.to(work))
-    )
-    focals = [K.to(work)[:, [0, 1], [0, 1]].abs().mean(1) for K in (K0, K1)]
-    scale = robust_scale / (0.5 * (focals[0] + focals[1])).clamp_min(torch.finfo(work).tiny)
-    if steps == 0:
-        R, t, valid, conditioning = _linear_motion(matches)
-        converged = valid
-    else:
-        if initial is not None:
-            check_initial_pose(initial, batch_size)
-        R, t, valid, converged, conditioning = _refined_motion(matches, robust, scale, steps, initial)
-    squared = SampsonResidual.value(skew(t) @ R, matches.points0, matches.points1).square().sum(-1)
-    inlier_weights = matches.gather(robust_weight(squared, scale, robust))
-    return _Motion(R, t, valid, converged, conditioning, inlier_weights)
+    if initial is not None:
+        check_initial_pose(initial, matches.batch_size)
+        initial = to_work(initial.detach())
+    cameras0, cameras1 = camera_matrix(K0), camera_matrix(K1)
+
+    def solve(pixels: PaddedMatches, pairs: Tensor) -> tuple[Tensor, ...]:
+        camera, usable = in_camera_coordinates(pixels, cameras0[pairs], cameras1[pairs])
+        focals = [K[pairs][:, [0, 1], [0, 1]].abs().mean(1) for K in (cameras0, cameras1)]
+        scale = robust_scale / (0.5 * (focals[0] + focals[1])).clamp_min(torch.finfo(focals[0].dtype).tiny)
+        if steps == 0:
+            R, t, valid, conditioning = _linear_motion(camera)
+            converged = valid
+        else:
+            start = None if initial is None else initial[pairs]
+            R, t, valid, converged, conditioning = _refined_motion(camera, robust, scale, steps, start)
+        squared = SampsonResidual.value(skew(t) @ R, camera.points0, camera.points1).square().sum(-1)
+        inlier_weights = robust_weight(squared, scale, robust)
+        return R, t, valid & usable, converged & usable, conditioning, inlier_weights
+
+    return _Motion(*solve_in_pieces(matches, solve))
+
+
+def in_camera_coordinates(pixels: PaddedMatches, K0: Tensor, K1: Tensor) -> tuple[PaddedMatches, Tensor]:
+    """Matches at depth 1 in front of both cameras, and the pairs `(B,)` whose coordinates can be computed with.
+
+    Coordinates beyond 1e30 focal lengths, an angle of 90 degrees for every purpose, are replaced by zero.
+    """
+    points, usable = [], torch.ones_like(pixels.unit0, dtype=torch.bool)
+    for x, unit, K in ((pixels.points0, pixels.unit0, K0), (pixels.points1, pixels.unit1, K1)):
+        rows = torch.stack([1.0 / unit, 1.0 / unit, torch.ones_like(unit)], dim=1)
+        camera = to_camera(x, rows[:, :, None] * K)
+        sane = camera.detach().abs().amax((1, 2)) < FARTHEST
+        points.append(torch.where(sane[:, None, None], camera, 0.0))
+        usable = usable & sane
+    return pixels._replace(points0=points[0], points1=points[1]), usable
 
 
 def check_initial_pose(initial: Tensor, batch_size: int) -> None:
@@ -309,7 +311,7 @@ def _refined_motion(
         linear = eight_point(matches, matches.weights)
         ready = linear.frame0.spread & linear.frame1.spread
         if initial is not None:
-            R, t = initial[:, :3, :3].to(scale.dtype), safe_normalise(initial[:, :3, 3].to(scale.dtype))
+            R, t = initial[:, :3, :3], safe_normalise(unit_magnitude(initial[:, :3, 3], (1,)))
             least = LEAST_MATCHES_REFINED
         else:
             camera = to_pixels(linear.matrix, linear.frame0, linear.frame1)
@@ -325,7 +327,9 @@ def _refined_motion(
             R, t, in_front = choose_motion(E, t, trusted)
             ready = ready & unique & in_front & determined
             least = LEAST_MATCHES
-    objective = Objective(SampsonResidual(), matches.points0, matches.points1, matches.weights, scale, robust)
+    objective = RobustCost(
+        SampsonResidual(), matches.points0, matches.points1, matches.weights, scale, robust
+    )
     minimum = minimise(PoseChart.centred(R, t), objective, steps, linear.least_gap)
     R, t = minimum.chart.motion(minimum.delta)
     enough = (matches.weights > 0).sum(1) >= least

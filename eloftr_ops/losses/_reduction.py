@@ -4,9 +4,18 @@
 import torch
 from torch import Tensor
 
-from eloftr_ops.geometry._checks import check_choice, check_scale
+from eloftr_ops.geometry._checks import check_choice, check_scale, check_tensor
+from eloftr_ops.geometry._linalg import extreme_unit, power_of_two
 
 REDUCTIONS = ("none", "mean", "sum")
+
+
+def smooth_length(vectors: Tensor, smoothing: float) -> Tensor:
+    """`smooth_distance` of the lengths over the last dimension, without overflow of their squares."""
+    unit = extreme_unit(vectors, (-1,))
+    squared = (vectors / unit).square().sum(-1)
+    unit = unit[..., 0]
+    return unit * squared / ((squared + (smoothing / unit).square()).sqrt() + smoothing / unit)
 
 
 def smooth_distance(squared: Tensor, smoothing: float) -> Tensor:
@@ -41,9 +50,11 @@ def mean_over_matches(
     values: Tensor, batch_indexes: Tensor, weights: Tensor | None, batch_size: int
 ) -> Tensor:
     """Weighted mean `(B,)` of the values `(M,)` of each pair; zero for a pair without weight."""
-    weights = torch.ones_like(values) if weights is None else weights.to(values.dtype)
-    index = batch_indexes.long()
+    weights = torch.ones_like(values) if weights is None else weights.to(values.device).to(values.dtype)
+    index = batch_indexes.to(values.device).long()
     empty = values.new_zeros(batch_size)
+    largest = empty.scatter_reduce(0, index, weights.detach(), "amax")
+    weights = weights / power_of_two(largest[:, None], (1,))[index, 0]
     total = empty.index_add(0, index, weights)
     summed = empty.index_add(0, index, weights * values)
     present = total > 0
@@ -66,10 +77,12 @@ def reduce_pairs(values: Tensor, valid: Tensor | None, reduction: str) -> Tensor
         TypeError: `valid` is not bool.
     """
     if valid is not None:
+        check_tensor("valid", valid)
         if valid.dtype != torch.bool:
             raise TypeError(f"valid: expected dtype torch.bool, got {valid.dtype}")
         if valid.shape != values.shape:
             raise ValueError(f"valid: expected shape (B,) = {tuple(values.shape)}, got {tuple(valid.shape)}")
+        valid = valid.to(values.device)
         values = torch.where(valid, values, 0.0)
     if reduction == "none":
         return values

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from eloftr_ops.geometry._checks import batch_size_of, check_matches, check_matrices
-from eloftr_ops.geometry._linalg import result_dtype, work_dtype
+from eloftr_ops.geometry._linalg import extreme_unit, unit_magnitude
+from eloftr_ops.geometry._precision import returned, to_work
 from eloftr_ops.geometry._residuals import SampsonResidual, line_distances
 from eloftr_ops.geometry.fundamental import fundamental_from_pose
 from eloftr_ops.losses._reduction import (
@@ -13,7 +14,7 @@ from eloftr_ops.losses._reduction import (
     mean_over_matches,
     reduce_pairs,
     saturated,
-    smooth_distance,
+    smooth_length,
 )
 
 __all__ = ["sampson_loss", "symmetric_epipolar_loss", "weak_pose_loss"]
@@ -63,12 +64,12 @@ def sampson_loss(
         IndexError: a batch index out of range.
         TypeError: integer keypoints or weights.
     """
-    F, x0, x1 = _prepared(keypoints0, keypoints1, batch_indexes, F_0to1, weights)
+    F, x0, x1, unit = _prepared(keypoints0, keypoints1, batch_indexes, F_0to1, weights)
     check_options(smoothing, saturation, reduction)
-    squared = SampsonResidual.value(F, x0, x1)[:, 0, 0].square()
-    distance = saturated(smooth_distance(squared, smoothing), saturation)
+    residual = unit[:, None] * SampsonResidual.value(F, x0, x1)[:, 0]
+    distance = saturated(smooth_length(residual, smoothing), saturation)
     values = mean_over_matches(distance, batch_indexes, weights, F_0to1.shape[0])
-    return reduce_pairs(values, valid, reduction).to(result_dtype(keypoints0.dtype))
+    return returned(reduce_pairs(values, valid, reduction), keypoints0)
 
 
 def symmetric_epipolar_loss(
@@ -112,12 +113,12 @@ def symmetric_epipolar_loss(
         IndexError: a batch index out of range.
         TypeError: integer keypoints or weights.
     """
-    F, x0, x1 = _prepared(keypoints0, keypoints1, batch_indexes, F_0to1, weights)
+    F, x0, x1, unit = _prepared(keypoints0, keypoints1, batch_indexes, F_0to1, weights)
     check_options(smoothing, saturation, reduction)
-    squared = line_distances(F, x0, x1)[:, 0].square()
-    distance = saturated(smooth_distance(squared, smoothing).mean(-1), saturation)
+    sides = unit[:, None] * line_distances(F, x0, x1)[:, 0]
+    distance = saturated(smooth_length(sides[..., None], smoothing).mean(-1), saturation)
     values = mean_over_matches(distance, batch_indexes, weights, F_0to1.shape[0])
-    return reduce_pairs(values, valid, reduction).to(result_dtype(keypoints0.dtype))
+    return returned(reduce_pairs(values, valid, reduction), keypoints0)
 
 
 def weak_pose_loss(
@@ -168,12 +169,19 @@ def weak_pose_loss(
 
 def _prepared(
     keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Tensor, F_0to1: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Check, and return one matrix `(M, 3, 3)` and one point `(M, 1, 2)` of each image per match."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Check, and return one matrix `(M, 3, 3)`, one point `(M, 1, 2)` of each image and a unit `(M,)` per match.
+
+    The points are counted in the unit, pixels, which is 1 for coordinates of ordinary magnitude.
+    """
     batch_size = batch_size_of("F_0to1", F_0to1)
     check_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
     check_matrices("F_0to1", F_0to1, batch_size)
-    work = work_dtype(keypoints0.device)
-    scale = F_0to1.detach().abs().amax((1, 2), keepdim=True).to(work)
-    F = F_0to1.to(work) / torch.where(scale > 0, scale, 1.0)
-    return F[batch_indexes.long()], keypoints0.to(work)[:, None], keypoints1.to(work)[:, None]
+    x0, x1 = to_work(keypoints0), to_work(keypoints1)
+    unit = extreme_unit(torch.cat([x0, x1], dim=1), (1,))
+    # diag(u, u, 1) F diag(u, u, 1), over u: no entry leaves the range that F itself is in.
+    root = unit.sqrt()
+    scale = torch.cat([root, root, 1.0 / root], dim=1)
+    F = to_work(F_0to1)[batch_indexes.to(x0.device).long()]
+    F = unit_magnitude(scale[:, :, None] * F * scale[:, None], (1, 2))
+    return F, (x0 / unit)[:, None], (x1 / unit)[:, None], unit[:, 0]

@@ -5,14 +5,15 @@ import torch
 from torch import Tensor
 
 from eloftr_ops.geometry._checks import batch_size_of, check_matches, check_matrices
-from eloftr_ops.geometry._linalg import adjugate, result_dtype, work_dtype
+from eloftr_ops.geometry._linalg import adjugate, extreme_unit, homography_in_units, unit_magnitude
+from eloftr_ops.geometry._precision import returned, to_work
 from eloftr_ops.geometry.homography import apply_homography
 from eloftr_ops.losses._reduction import (
     check_options,
     mean_over_matches,
     reduce_pairs,
     saturated,
-    smooth_distance,
+    smooth_length,
 )
 
 __all__ = [
@@ -65,15 +66,14 @@ def corner_error_loss(
     height, width = size_hw
     if height < 1 or width < 1:
         raise ValueError(f"size_hw: expected a height and a width of at least 1, got {size_hw}")
-    work = work_dtype(H_0to1.device)
+    estimate, truth = to_work(H_0to1), to_work(H_gt_0to1)
     outline = [[0, 0], [width, 0], [width, height], [0, height]]
-    corners = torch.tensor(outline, dtype=work, device=H_0to1.device).expand(batch_size, 4, 2)
-    estimated = apply_homography(H_0to1.to(work), corners)
-    distance = smooth_distance(
-        (estimated - apply_homography(H_gt_0to1.to(work), corners)).square().sum(-1), smoothing
+    corners = estimate.new_tensor(outline).expand(batch_size, 4, 2)
+    distance = smooth_length(
+        apply_homography(estimate, corners) - apply_homography(truth, corners), smoothing
     )
     values = saturated(distance.mean(1), saturation)
-    return reduce_pairs(values, valid, reduction).to(result_dtype(H_0to1.dtype))
+    return returned(reduce_pairs(values, valid, reduction), H_0to1)
 
 
 def symmetric_transfer_loss(
@@ -123,14 +123,16 @@ def symmetric_transfer_loss(
     batch_size = batch_size_of("H_0to1", H_0to1)
     check_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
     check_matrices("H_0to1", H_0to1, batch_size)
-    work = work_dtype(keypoints0.device)
-    H = H_0to1.to(work)[batch_indexes.long()]
-    x0, x1 = keypoints0.to(work), keypoints1.to(work)
-    forward = (apply_homography(H, x0[:, None])[:, 0] - x1).square().sum(-1)
-    backward = (apply_homography(adjugate(H), x1[:, None])[:, 0] - x0).square().sum(-1)
-    distance = 0.5 * (smooth_distance(forward, smoothing) + smooth_distance(backward, smoothing))
+    x0, x1 = to_work(keypoints0), to_work(keypoints1)
+    unit0, unit1 = extreme_unit(x0, (1,)), extreme_unit(x1, (1,))
+    x0, x1 = x0 / unit0, x1 / unit1
+    H = to_work(H_0to1)[batch_indexes.to(x0.device).long()]
+    H = unit_magnitude(homography_in_units(H, 1.0 / unit0[:, 0], 1.0 / unit1[:, 0]), (1, 2))
+    forward = unit1 * (apply_homography(H, x0[:, None])[:, 0] - x1)
+    backward = unit0 * (apply_homography(adjugate(H), x1[:, None])[:, 0] - x0)
+    distance = 0.5 * (smooth_length(forward, smoothing) + smooth_length(backward, smoothing))
     values = mean_over_matches(saturated(distance, saturation), batch_indexes, weights, batch_size)
-    return reduce_pairs(values, valid, reduction).to(result_dtype(keypoints0.dtype))
+    return returned(reduce_pairs(values, valid, reduction), keypoints0)
 
 
 def weak_homography_loss(
@@ -217,9 +219,8 @@ def cycle_consistency_loss(
     batch_size = batch_size_of("H_0to1", H_0to1)
     check_matrices("H_0to1", H_0to1, batch_size)
     check_matrices("H_1to0", H_1to0, batch_size)
-    work = work_dtype(H_0to1.device)
-    around = H_1to0.to(work) @ H_0to1.to(work)
-    identity = torch.eye(3, dtype=work, device=around.device).expand_as(around)
+    around = unit_magnitude(to_work(H_1to0), (1, 2)) @ unit_magnitude(to_work(H_0to1), (1, 2))
+    identity = torch.eye(3, dtype=around.dtype, device=around.device).expand_as(around)
     loss = corner_error_loss(
         around,
         identity,
@@ -229,4 +230,4 @@ def cycle_consistency_loss(
         saturation=saturation,
         reduction=reduction,
     )
-    return loss.to(result_dtype(H_0to1.dtype))
+    return returned(loss, H_0to1)

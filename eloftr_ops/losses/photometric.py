@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from eloftr_ops.geometry._checks import check_matrices
-from eloftr_ops.geometry._linalg import result_dtype, work_dtype
+from eloftr_ops.geometry._linalg import unit_magnitude
+from eloftr_ops.geometry._precision import result_dtype, to_work
 from eloftr_ops.geometry.homography import apply_homography
 from eloftr_ops.losses._reduction import check_options, reduce_pairs, smooth_distance
 
@@ -86,12 +87,11 @@ def _check_images(image0: Tensor, image1: Tensor) -> None:
 def _warped(image1: Tensor, H_0to1: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Image 1 `(B, C, H, W)` at the pixels of image 0, and where it was seen `(B, H, W)` as 0 and 1."""
     height, width = size
-    work = work_dtype(image1.device)
-    rows = torch.arange(height, dtype=work, device=image1.device) + 0.5
-    columns = torch.arange(width, dtype=work, device=image1.device) + 0.5
+    H = unit_magnitude(to_work(H_0to1), (1, 2))
+    rows = torch.arange(height, dtype=H.dtype, device=H.device) + 0.5
+    columns = torch.arange(width, dtype=H.dtype, device=H.device) + 0.5
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     centres = torch.stack([x, y], dim=-1).view(1, -1, 2).expand(image1.shape[0], -1, 2)
-    H = H_0to1.to(work)
     landed = apply_homography(H, centres)
     extent = landed.new_tensor([image1.shape[3], image1.shape[2]])
     within = ((landed >= 0.5) & (landed <= extent - 0.5)).all(-1)
@@ -101,10 +101,9 @@ def _warped(image1: Tensor, H_0to1: Tensor, size: tuple[int, int]) -> tuple[Tens
     visible = within & front
     # A sample far outside has no gradient worth keeping, and its position may overflow float32.
     grid = torch.where(visible[..., None], 2.0 * landed / extent - 1.0, 0.0)
-    sampled = torch.nn.functional.grid_sample(
-        image1, grid.view(-1, height, width, 2).to(image1.dtype), mode="bilinear", align_corners=False
-    )
-    return sampled, visible.view(-1, height, width).to(image1.dtype)
+    grid = grid.view(-1, height, width, 2).to(image1.dtype).to(image1.device)
+    sampled = torch.nn.functional.grid_sample(image1, grid, mode="bilinear", align_corners=False)
+    return sampled, visible.view(-1, height, width).to(image1.device).to(image1.dtype)
 
 
 def _standardised(image: Tensor, inside: Tensor) -> Tensor:

@@ -4,8 +4,9 @@
 import torch
 from torch import Tensor
 
-from eloftr_ops.geometry._checks import batch_size_of, check_matrices
-from eloftr_ops.geometry._linalg import result_dtype, safe_norm, safe_normalise, work_dtype
+from eloftr_ops.geometry._checks import batch_size_of, check_floats, check_matrices
+from eloftr_ops.geometry._linalg import extreme_unit, safe_norm, safe_normalise, unit_magnitude
+from eloftr_ops.geometry._precision import returned, to_work
 from eloftr_ops.losses._reduction import check_options, reduce_pairs, saturated, smooth_distance
 
 __all__ = ["pose_loss", "rotation_angle", "translation_direction_angle"]
@@ -36,8 +37,8 @@ def rotation_angle(R_a: Tensor, R_b: Tensor) -> Tensor:
     batch_size = batch_size_of("R_a", R_a)
     check_matrices("R_a", R_a, batch_size)
     check_matrices("R_b", R_b, batch_size)
-    work = work_dtype(R_a.device)
-    between = R_a.to(work).mT @ R_b.to(work)
+    a, b = (R / extreme_unit(R, (1, 2)) for R in (to_work(R_a), to_work(R_b)))
+    between = a.mT @ b
     axis = torch.stack(
         [
             between[:, 2, 1] - between[:, 1, 2],
@@ -47,7 +48,7 @@ def rotation_angle(R_a: Tensor, R_b: Tensor) -> Tensor:
         dim=1,
     )
     cosine = between.diagonal(dim1=-2, dim2=-1).sum(-1) - 1.0
-    return _angle(safe_norm(axis), cosine).to(result_dtype(R_a.dtype))
+    return returned(_angle(safe_norm(axis), cosine), R_a)
 
 
 def translation_direction_angle(t_a: Tensor, t_b: Tensor, *, ignore_sign: bool = False) -> Tensor:
@@ -68,15 +69,16 @@ def translation_direction_angle(t_a: Tensor, t_b: Tensor, *, ignore_sign: bool =
 
     Raises:
         ValueError: shapes that do not fit.
+        TypeError: no tensor, an integer dtype.
     """
     for name, vector in (("t_a", t_a), ("t_b", t_b)):
+        check_floats(name, vector)
         if vector.ndim != 2 or vector.shape[1] != 3 or vector.shape[0] != t_a.shape[0]:
             raise ValueError(f"{name}: expected shape (B, 3), got {tuple(vector.shape)}")
-    work = work_dtype(t_a.device)
-    a, b = safe_normalise(t_a.to(work)), safe_normalise(t_b.to(work))
+    a, b = (safe_normalise(unit_magnitude(to_work(t), (1,))) for t in (t_a, t_b))
     cosine = (a * b).sum(-1)
     angle = _angle(safe_norm(torch.linalg.cross(a, b)), cosine.abs() if ignore_sign else cosine)
-    return angle.to(result_dtype(t_a.dtype))
+    return returned(angle, t_a)
 
 
 def pose_loss(
@@ -124,13 +126,12 @@ def pose_loss(
             "rotation_weight, translation_weight: expected >= 0, "
             f"got {rotation_weight} and {translation_weight}"
         )
-    work = work_dtype(T_0to1.device)
-    estimate, truth = T_0to1.to(work), T_gt_0to1.to(work)
+    estimate, truth = to_work(T_0to1), to_work(T_gt_0to1)
     turn = rotation_angle(estimate[:, :3, :3], truth[:, :3, :3])
     slide = translation_direction_angle(estimate[:, :3, 3], truth[:, :3, 3])
     values = rotation_weight * smooth_distance(turn.square(), smoothing)
     values = values + translation_weight * smooth_distance(slide.square(), smoothing)
-    return reduce_pairs(saturated(values, saturation), valid, reduction).to(result_dtype(T_0to1.dtype))
+    return returned(reduce_pairs(saturated(values, saturation), valid, reduction), T_0to1)
 
 
 def _angle(sine: Tensor, cosine: Tensor) -> Tensor:

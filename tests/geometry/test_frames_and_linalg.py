@@ -9,7 +9,7 @@ from eloftr_ops.geometry import from_integer_centers, to_integer_centers
 from eloftr_ops.geometry._charts import Chart, FundamentalChart, HomographyChart, PoseChart
 from eloftr_ops.geometry._eight_point import nearest_essential, nearest_rank_two
 from eloftr_ops.geometry._linalg import smallest_eigenvector
-from eloftr_ops.geometry._ragged import pad_matches
+from eloftr_ops.geometry._ragged import Matches, pad_matches
 from eloftr_ops.geometry._residuals import Residual, SampsonResidual, TransferResidual
 from support.gradients import check_gradients
 from support.two_view import scene
@@ -137,7 +137,7 @@ def test_residual_jacobian_is_the_derivative(residual: Residual) -> None:
 def test_padding_keeps_order_within_pairs_and_gathers_back() -> None:
     keypoints = torch.arange(12.0).view(6, 2)
     index = torch.tensor([2, 0, 2, 0, 2, 0])
-    padded = pad_matches(keypoints, keypoints + 100.0, index, 4, None)
+    padded = pad_matches(Matches(keypoints, keypoints + 100.0, index, 4, None))
     assert padded.points0.shape == (4, 3, 2)
     assert padded.points0[0, :, 0].tolist() == [2.0, 6.0, 10.0]
     assert padded.points1[2, :, 0].tolist() == [100.0, 104.0, 108.0]
