@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from torch import Tensor
 from eloftr_ops._version import __version__
 from eloftr_ops.errors import ArgumentError, FileError
 from eloftr_ops.images import LoadedImage, read_image
+
+if TYPE_CHECKING:
+    from eloftr_ops.geometry.verification import Verdict
 
 __all__ = [
     "MATCH_SUFFIXES",
@@ -114,11 +117,13 @@ def write_matches(
     size1_wh: tuple[int, int],
     inliers: Tensor | npt.NDArray[Any] | None = None,
     matrices: Mapping[str, Tensor | npt.NDArray[Any]] | None = None,
+    verdict: Verdict | None = None,
 ) -> None:
     """Write the matches of one pair, whole or not at all.
 
     ``.npz`` and ``.json`` hold ``format``, ``version``, ``frame``, ``size0_wh``, ``size1_wh``, ``keypoints0``,
-    ``keypoints1``, ``confidence``, ``inliers`` if given, and the matrices by name. ``.csv`` holds one row per match,
+    ``keypoints1``, ``confidence``, ``inliers`` if given, the matrices by name, and ``related`` and ``chance`` of the
+    verdict. ``.csv`` holds one row per match,
     ``x0,y0,x1,y1,confidence`` and ``inlier`` if given. Text keeps every digit of float32.
 
     Convention:
@@ -133,6 +138,7 @@ def write_matches(
         size1_wh: the same of image 1.
         inliers: (M,) bool.
         matrices: (3, 3) each, for instance ``{"H_0to1": ...}``.
+        verdict: of `eloftr_ops.geometry.verification.related`.
 
     Raises:
         FileError: an unknown suffix, or a place that cannot be written.
@@ -154,6 +160,9 @@ def write_matches(
         fields["inliers"] = _array("inliers", inliers, (count,), np.bool_)
     for name, matrix in (matrices or {}).items():
         fields[name] = _array(name, matrix, (3, 3), np.float64)
+    if verdict is not None:
+        fields["related"] = np.array(verdict.related)
+        fields["chance"] = np.array(verdict.chance, dtype=np.float64)
     with atomic_write(path) as file:
         _WRITERS[path.suffix.lower()](file, fields)
 

@@ -7,9 +7,8 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +17,9 @@ from torch import Tensor, nn
 
 from eloftr_ops.checks import MIN_SIZE
 from eloftr_ops.errors import ArgumentError, FileError
+from eloftr_ops.image_matches import ImageMatches, TwoViewModel
 from eloftr_ops.images import ImageSource, LoadedImage, load_image
-from eloftr_ops.io import MATCH_SUFFIXES, check_output, write_matches
 from eloftr_ops.model.matcher import EfficientLoFTR
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
 
 __all__ = [
     "ImageMatches",
@@ -40,176 +35,9 @@ Matcher = Callable[[dict[str, Any]], Mapping[str, Tensor]]  # kornia LoFTR's dic
 
 DEFAULT_WEIGHTS = "small"
 DEFAULT_RESIZE = 640
-INLIER_THRESHOLD = 1.5  # pixels of the images as matched
-_MATRIX = {"homography": "H_0to1", "fundamental": "F_0to1"}
+_LEAST_CONTRAST = 2 / 255  # between the brightest and the darkest pixel; less is no texture
 _KEPT = 4  # matchers
 _MATCHERS: OrderedDict[tuple[Any, ...], Matcher] = OrderedDict()
-
-
-class TwoViewModel(NamedTuple):
-    """A homography or a fundamental matrix, and the matches that agree with it."""
-
-    matrix: Tensor | None  # (3, 3) float64, between pixels of the images as given; None: none was found
-    inliers: Tensor  # (M,) bool; all False without a matrix
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class ImageMatches:
-    """The matches of two images, in the pixels of the images as given.
-
-    Convention:
-        Keypoints are (x, y); the centre of pixel (x, y) is (x + 0.5, y + 0.5). Subtract 0.5 for OpenCV. A file or URL
-        is turned upright as its EXIF data say; its keypoints are in pixels of the upright image. Everything is on the
-        CPU and carries no gradient.
-    """
-
-    keypoints0: Tensor  # (M, 2) float32
-    keypoints1: Tensor  # (M, 2) float32
-    confidence: Tensor  # (M,) float32
-    image0: LoadedImage  # as matched
-    image1: LoadedImage
-    names: tuple[str, str]  # what the images were called
-    seconds: float  # of the matcher alone
-    device: torch.device  # of the matcher
-    _models: dict[tuple[str, float], TwoViewModel] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.confidence)
-
-    def __repr__(self) -> str:
-        sizes = " and ".join("{}x{}".format(*im.original_size_wh) for im in (self.image0, self.image1))
-        if not len(self):
-            return f"ImageMatches(no match, {sizes} pixels)"
-        count = f"{len(self):,} match{'es' if len(self) > 1 else ''}"
-        low, middle, high = (
-            float(v) for v in (self.confidence.min(), self.confidence.median(), self.confidence.max())
-        )
-        return (
-            f"ImageMatches({count}, confidence {low:.2f} to {high:.2f}, median {middle:.2f}, {sizes} pixels)"
-        )
-
-    def homography(self, threshold: float = INLIER_THRESHOLD) -> TwoViewModel:
-        """The homography that most matches agree with (OpenCV's MAGSAC++).
-
-        Convention:
-            ``matrix`` is ``H_0to1``, ``x1 ~ H_0to1 x0``, between pixels of the images as given, last entry 1.
-
-        Args:
-            threshold: largest error of an inlier, in pixels of the images as matched.
-
-        Raises:
-            ArgumentError: a threshold that is not a positive number.
-        """
-        return self._model("homography", threshold)
-
-    def fundamental(self, threshold: float = INLIER_THRESHOLD) -> TwoViewModel:
-        """The fundamental matrix that most matches agree with (OpenCV's MAGSAC++).
-
-        Convention:
-            ``matrix`` is ``F_0to1``, ``x1^T F_0to1 x0 = 0``, between pixels of the images as given, of norm 1.
-
-        Args:
-            threshold: as :meth:`homography`.
-
-        Raises:
-            ArgumentError: as :meth:`homography`.
-        """
-        return self._model("fundamental", threshold)
-
-    def plot(
-        self,
-        path: str | os.PathLike[str] | None = None,
-        *,
-        model: str | None = None,
-        threshold: float = INLIER_THRESHOLD,
-        max_matches: int | None = 200,
-        ax: Axes | None = None,
-    ) -> Figure | SubFigure:
-        """Draw both images side by side with lines between their matches; see `draw_matches`.
-
-        Args:
-            path: picture to write, too: .png, .jpg, .webp, .pdf or .svg.
-            model: "homography" or "fundamental": draw its outliers thin and red. None: draw all alike.
-            threshold: of the model's inliers.
-            max_matches: the most lines drawn; None for all.
-            ax: axes to draw into; None makes a figure.
-
-        Raises:
-            FileError: ``path`` cannot be written.
-            ArgumentError: an unknown model.
-        """
-        from eloftr_ops.visualization import draw_matches
-
-        found = None if model is None else self._model(model, threshold)
-        pictures = [
-            image.image if image.color is None else image.color for image in (self.image0, self.image1)
-        ]
-        keypoints0, keypoints1 = self._matched_keypoints()
-        return draw_matches(
-            pictures[0],
-            pictures[1],
-            keypoints0,
-            keypoints1,
-            self.confidence,
-            None if found is None or found.matrix is None else found.inliers,
-            max_matches=max_matches,
-            path=path,
-            ax=ax,
-        )
-
-    def save(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        model: str | None = "fundamental",
-        threshold: float = INLIER_THRESHOLD,
-    ) -> None:
-        """Write a file of matches (.npz, .json, .csv) or a picture, as the command line does; whole or not at all.
-
-        The fields are listed in docs/cli.md.
-
-        Args:
-            path: file to write; its suffix chooses the format.
-            model: whose inliers and matrix go into the file: "fundamental", "homography" or None.
-            threshold: of the model's inliers.
-
-        Raises:
-            FileError: an unknown suffix, or a place that cannot be written.
-            ArgumentError: an unknown model.
-        """
-        from eloftr_ops.visualization import PICTURE_SUFFIXES
-
-        if check_output(path, (*MATCH_SUFFIXES, *PICTURE_SUFFIXES)).suffix.lower() in PICTURE_SUFFIXES:
-            self.plot(path, model=model, threshold=threshold)
-            return
-        found = None if model is None else self._model(model, threshold)
-        write_matches(
-            path,
-            self.keypoints0,
-            self.keypoints1,
-            self.confidence,
-            size0_wh=self.image0.original_size_wh,
-            size1_wh=self.image1.original_size_wh,
-            inliers=None if found is None else found.inliers,
-            matrices={} if found is None or found.matrix is None else {_MATRIX[str(model)]: found.matrix},
-        )
-
-    def _matched_keypoints(self) -> tuple[Tensor, Tensor]:
-        """In pixels of the images as matched, float64."""
-        return self.image0.from_original(self.keypoints0), self.image1.from_original(self.keypoints1)
-
-    def _model(self, model: str, threshold: float) -> TwoViewModel:
-        if model not in _MATRIX:
-            raise ArgumentError("model", f"expected {' or '.join(_MATRIX)}, got {model!r}.")
-        if not 0 < threshold < float("inf"):
-            raise ArgumentError("threshold", f"expected a positive number of pixels, got {threshold}.")
-        key = (model, float(threshold))
-        if key not in self._models:
-            matrix, inliers = _robust_model(model, threshold, *self._matched_keypoints())
-            if matrix is not None:
-                matrix = _between_originals(matrix, model, self.image0, self.image1)
-            self._models[key] = TwoViewModel(None if matrix is None else torch.from_numpy(matrix), inliers)
-        return self._models[key]
 
 
 def match_images(
@@ -246,7 +74,8 @@ def match_images(
         mask1: likewise.
 
     Returns:
-        The matches, M = 0 if there are none.
+        The matches. M = 0 if there are none; also if an image is blank: less than two of 255 gray levels between its
+        darkest and its brightest pixel.
 
     Raises:
         FileError: an image that cannot be read.
@@ -301,6 +130,8 @@ def match_loaded(
         found[name].float().clone() for name in ("keypoints0", "keypoints1", "confidence")
     )
     kept = _kept(confidence, threshold, max_matches)
+    if not (_has_texture(image0) and _has_texture(image1)):
+        kept = kept[:0]  # whatever is found in a blank image lies anywhere
     return ImageMatches(
         image0.to_original(keypoints0[kept]),
         image1.to_original(keypoints1[kept]),
@@ -311,6 +142,11 @@ def match_loaded(
         seconds,
         device,
     )
+
+
+def _has_texture(loaded: LoadedImage) -> bool:
+    pixels = loaded.image[0] if loaded.mask is None else loaded.image[0][loaded.mask]
+    return pixels.numel() > 0 and float(pixels.max() - pixels.min()) >= _LEAST_CONTRAST
 
 
 def _kept(confidence: Tensor, threshold: float | None, max_matches: int | None) -> Tensor:
@@ -460,27 +296,3 @@ def _device_of(matcher: Any) -> torch.device:
     parameter = next(matcher.parameters(), None) if isinstance(matcher, nn.Module) else None
     device = getattr(matcher, "device", None) if parameter is None else parameter.device
     return device if isinstance(device, torch.device) else torch.device("cpu")
-
-
-def _robust_model(
-    model: str, threshold: float, keypoints0: Tensor, keypoints1: Tensor
-) -> tuple[npt.NDArray[np.float64] | None, Tensor]:
-    """The matrix (3, 3) between the frames of the keypoints, and the inliers (M,)."""
-    from eloftr_ops.geometry import estimate_robust  # OpenCV is not loaded for anything else
-
-    batch = torch.zeros(len(keypoints0), dtype=torch.int64)
-    estimate = estimate_robust(keypoints0, keypoints1, batch, batch_size=1, model=model, threshold=threshold)
-    return estimate.model_0to1[0].numpy() if estimate.valid.item() else None, estimate.inliers
-
-
-def _between_originals(
-    matrix: npt.NDArray[np.float64], model: str, image0: LoadedImage, image1: LoadedImage
-) -> npt.NDArray[np.float64]:
-    """The matrix between the images as matched, made one between the original images."""
-    up0, up1 = (np.diag([*loaded.scale_xy, 1.0]) for loaded in (image0, image1))
-    if model == "homography":
-        moved = up1 @ matrix @ np.linalg.inv(up0)
-        return moved / moved[2, 2] if moved[2, 2] else moved  # OpenCV's and kornia's scale
-    moved = np.linalg.inv(up1) @ matrix @ np.linalg.inv(up0)
-    scaled: npt.NDArray[np.float64] = moved / np.linalg.norm(moved)
-    return scaled

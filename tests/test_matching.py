@@ -137,9 +137,29 @@ def test_a_matcher_of_ones_own_is_used_as_it_is() -> None:
         assert len(matches) == len(direct["confidence"])
 
 
+def test_blank_images_give_no_match() -> None:
+    for level in (0.0, 0.5, 1.0):
+        blank = np.full((64, 64), level)
+        assert len(match_images(blank, blank, Corners())) == 0
+        assert len(match_images(photograph(), blank + 1 / 255 * (level < 1), Corners())) == 0
+    hidden = np.dstack([photograph(), np.zeros((96, 128), np.uint8)])
+    assert len(match_images(hidden, photograph(), Corners())) == 0
+    assert not match_images(blank, blank, Corners()).verdict.related
+
+
+def test_unrelated_images_are_not_called_related() -> None:
+    with Image.open(DEMO[0]) as image:
+        turned = image.rotate(137).crop((200, 120, 440, 360))
+    noise = np.random.default_rng(0).random((240, 240))
+    assert not match_images(turned, noise, resize=240).verdict.related
+    assert match_images(*DEMO, resize=240).verdict.related
+
+
 def test_repr_says_how_many_and_how_sure() -> None:
     pair = photograph(), photograph(200, 100)
-    assert "5 matches, confidence 0.30 to 0.90, median 0.70" in repr(match_images(*pair, Corners()))
+    assert "5 matches, confidence 0.30 to 0.90, median 0.70, not known to be related, 128x96" in repr(
+        match_images(*pair, Corners())
+    )
     assert "128x96 and 100x200" in repr(match_images(*pair, Corners()))
     assert "no match" in repr(match_images(*pair, Corners(), threshold=0.95))
     assert isinstance(match_images(*pair, Corners()), ImageMatches)

@@ -25,8 +25,9 @@ from eloftr_ops.cli.common import (
     print_line,
     reported_mistakes,
 )
+from eloftr_ops.image_matches import INLIER_THRESHOLD
 from eloftr_ops.io import MATCH_SUFFIXES, FileError, check_output
-from eloftr_ops.matching import DEFAULT_RESIZE, DEFAULT_WEIGHTS, INLIER_THRESHOLD, ImageMatches, match_images
+from eloftr_ops.matching import DEFAULT_RESIZE, DEFAULT_WEIGHTS, ImageMatches, match_images
 from eloftr_ops.visualization import PICTURE_SUFFIXES
 
 
@@ -137,6 +138,8 @@ def _write_and_print(
     print_line(console, "time", f"{matches.seconds:.2f} s on {describe_device(matches.device)}")
     if chosen is not None and count:
         print_line(console, chosen, _describe_inliers(matches, chosen, inlier_threshold))
+    if count:
+        print_line(console, "verdict", _describe_verdict(matches))
     for path in written:
         print_line(console, "written", str(path))
     return console
@@ -155,7 +158,16 @@ def _corner_error(
 def _describe_inliers(matches: ImageMatches, model: str, threshold: float) -> str:
     found = matches.homography(threshold) if model == "homography" else matches.fundamental(threshold)
     if found.matrix is None:
-        other = "; try --model homography" if model == "fundamental" else ""
-        return f"not determined by the {len(matches)} matches{other}"
+        return f"{found.reason}{'; try --model homography' if model == 'fundamental' else ''}"
     count = int(found.inliers.sum())
     return f"{count} inliers ({count / len(matches):.0%}) within {threshold:g} px"
+
+
+def _describe_verdict(matches: ImageMatches) -> str:
+    verdict = matches.verdict
+    share = (
+        f"{verdict.chance:.1%} of unrelated pairs agree as much"
+        if verdict.chance > 1e-3
+        else ("less than 0.1% of unrelated pairs agree as much")
+    )
+    return f"{'related' if verdict.related else 'not known to be related'}: {share}"

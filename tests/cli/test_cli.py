@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -76,6 +77,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result
 
 
 PAIR = ("demo_0.jpg", "demo_1.jpg")
+COMMAND = "from eloftr_ops.cli import app; app()"
 
 
 def number(result: Result, label: str) -> float:
@@ -215,7 +217,8 @@ def test_threads_are_set(run: Callable[..., Result], monkeypatch: pytest.MonkeyP
 def test_no_model_leaves_out_inliers(run: Callable[..., Result]) -> None:
     result = run("match", *PAIR, "-o", "out/m.npz", "--model", "none", matcher=KnownMatches)
     assert set(np.load("out/m.npz")) == {
-        *("format", "version", "frame", "size0_wh", "size1_wh", "keypoints0", "keypoints1", "confidence")
+        *("format", "version", "frame", "size0_wh", "size1_wh", "keypoints0", "keypoints1", "confidence"),
+        *("related", "chance"),
     }
     assert "inliers" not in result.stdout
 
@@ -225,6 +228,46 @@ def test_matches_of_a_plane_determine_no_fundamental_matrix(run: Callable[..., R
     assert result.exit_code == 0
     assert "not determined by the 5 matches; try --model homography" in result.stdout
     assert not np.load("out/m.npz")["inliers"].any()
+
+
+def test_any_number_of_matches_of_a_plane_determine_no_fundamental_matrix(run: Callable[..., Result]) -> None:
+    result = run("match", *PAIR, "-o", "out/m.npz", matcher=KnownMatches)
+    assert "the matches show a plane, or a camera that only rotates; try --model homography" in result.stdout
+    matches = np.load("out/m.npz")
+    assert "F_0to1" not in matches
+    assert not matches["inliers"].any()
+
+
+def test_the_verdict_is_printed_and_written(run: Callable[..., Result]) -> None:
+    result = run("match", *PAIR, "-o", "out/m.npz", matcher=KnownMatches)
+    assert "related: less than 0.1% of unrelated pairs agree as much" in result.stdout
+    assert np.load("out/m.npz")["related"]
+    assert np.load("out/m.npz")["chance"] < 1e-3
+    result = run("match", *PAIR, "-o", "out/m.json", "--max-matches", 4, matcher=KnownMatches)
+    assert "not known to be related: 100.0% of unrelated pairs agree as much" in result.stdout
+    assert json.loads(Path("out/m.json").read_text())["related"] is False
+
+
+def test_files_are_written_before_a_reader_that_goes_away_is_missed(run: Callable[..., Result]) -> None:
+    """The pipe is closed while the command still works."""
+    command = [sys.executable, "-c", COMMAND, "match", *PAIR, "--resize", "96", "-o", "out/m.npz"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+    assert len(np.load("out/m.npz")["confidence"]) >= 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+def test_a_full_disk_behind_standard_output_is_one_line(run: Callable[..., Result]) -> None:
+    command = [sys.executable, "-c", COMMAND, "match", *PAIR, "--resize", "96", "-o", "out/m.npz"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "Error: standard output cannot be written: No space left on device.\n"
+    assert Path("out/m.npz").exists()
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".json", ".csv"])
@@ -308,6 +351,7 @@ def test_bad_images_are_named(run: Callable[..., Result]) -> None:
     Path("text.png").write_text("no image")
     Path("broken.jpg").write_bytes(Path(PAIR[0]).read_bytes()[:5000])
     Image.new("L", (20, 100)).save("small.png")
+    os.mkfifo("pipe.png")
     for name, part in (
         ("missing.png", "no such file"),
         ("out", "got a folder"),
@@ -315,6 +359,9 @@ def test_bad_images_are_named(run: Callable[..., Result]) -> None:
         ("text.png", "not an image"),
         ("broken.jpg", "broken or unsupported"),
         ("small.png", "20x100 pixels, expected at least 32"),
+        ("pipe.png", "got a pipe or a device"),
+        ("n" * 300 + ".png", "File name too long"),
+        ("~nosuchuser/a.png", "no such file"),
     ):
         assert_one_line_error(run("match", name, PAIR[1], "-o", "out/m.npz"), name, part)
         assert_one_line_error(run("match", PAIR[0], name, "-o", "out/m.npz"), name, part)

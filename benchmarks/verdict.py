@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibrate the verdict "related or not" on photographs that show different things, and count what it keeps.
+
+    python -m benchmarks.verdict --photos FOLDER --pairs INDEX.json ... --cache FOLDER
+
+Prints the tail of log10 NFA for unrelated pairs (the constants of `eloftr_ops.geometry.verification`), the share of
+unrelated pairs called related (also with the tail of one half, counted on the other), and the share of pairs with
+overlap that are kept. An index is a JSON file whose "pairs" name "image0" and "image1", relative to the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eloftr_ops import match_images
+from eloftr_ops.geometry import verification
+
+MODELS = ("homography", "fundamental")
+
+
+def log10_nfas(paths: tuple[Path, Path], resize: int, cache: Path) -> dict[str, float]:
+    """Of both models, from matches that are kept in a folder."""
+    name = hashlib.sha256(f"{paths[0]} {paths[1]} {resize}".encode()).hexdigest()[:24]
+    file = cache / f"{name}.npz"
+    if not file.exists():
+        matches = match_images(*paths, resize=resize)
+        keypoints = (
+            matches.image0.from_original(matches.keypoints0),
+            matches.image1.from_original(matches.keypoints1),
+        )
+        sizes = (matches.image0.size_wh, matches.image1.size_wh)
+        np.savez(file, keypoints0=keypoints[0], keypoints1=keypoints[1], size0=sizes[0], size1=sizes[1])
+    data = np.load(file)
+    points = (torch.from_numpy(data["keypoints0"]), torch.from_numpy(data["keypoints1"]))
+    sizes = (tuple(data["size0"].tolist()), tuple(data["size1"].tolist()))
+    return {model: verification.log10_nfa(model, *points, *sizes)[0] for model in MODELS}
+
+
+def tail(values: list[float]) -> tuple[float, float]:
+    """(a, b) of the line a - b log10(1 / p) through the 5 % quantile and the strongest pair."""
+    low, strongest = float(np.percentile(values, 5)), min(values)
+    slope = (low - strongest) / (math.log10(len(values) + 1) - math.log10(20))
+    return low + slope * math.log10(20), slope
+
+
+def called_related(pairs: list[dict[str, float]], tails: dict[str, tuple[float, float]]) -> list[bool]:
+    """The verdict of each pair."""
+    chances = [verification.log10_chance(pair, tails=tails) for pair in pairs]
+    return [chance <= math.log10(verification.ACCEPTED_CHANCE) for chance in chances]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--photos", type=Path, required=True, help="folder of images that show different things"
+    )
+    parser.add_argument("--pairs", type=Path, nargs="*", default=[], help="JSON files of pairs that overlap")
+    parser.add_argument("--cache", type=Path, required=True, help="folder to keep matches in")
+    parser.add_argument("--unrelated", type=int, default=300, help="pairs drawn from the photos")
+    parser.add_argument("--same", nargs=2, action="append", default=[], help="two photos that show the same")
+    parser.add_argument("--resize", type=int, default=480)
+    options = parser.parse_args()
+    options.cache.mkdir(parents=True, exist_ok=True)
+
+    same = {frozenset(pair) for pair in options.same}
+    photos = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in (".jpg", ".png"))
+    drawn = random.Random(0).sample(list(itertools.combinations(photos, 2)), options.unrelated)
+    drawn = [pair for pair in drawn if frozenset(path.name for path in pair) not in same]
+    unrelated = [log10_nfas(pair, options.resize, options.cache) for pair in drawn]
+    tails = {model: tail([pair[model] for pair in unrelated]) for model in MODELS}
+    for model, (start, slope) in tails.items():
+        print(f"tail of {model}: ({start:.2f}, {slope:.2f})")
+    false = called_related(unrelated, tails)
+    print(f"unrelated pairs called related: {sum(false)} of {len(false)} ({sum(false) / len(false):.1%})")
+    halves = unrelated[::2], unrelated[1::2]
+    crossed = [
+        called_related(counted, {model: tail([pair[model] for pair in fitted]) for model in MODELS})
+        for fitted, counted in (halves, halves[::-1])
+    ]
+    count = sum(map(sum, crossed))
+    print(
+        f"  with the tail of one half, in the other: {count} of {len(unrelated)} ({count / len(unrelated):.1%})"
+    )
+
+    kept_in_all, all_pairs = 0, 0
+    for index in options.pairs:
+        pairs = json.loads(index.read_text(encoding="utf-8"))["pairs"]
+        paths = [(index.parent / pair["image0"], index.parent / pair["image1"]) for pair in pairs]
+        kept = called_related([log10_nfas(pair, options.resize, options.cache) for pair in paths], tails)
+        kept_in_all, all_pairs = kept_in_all + sum(kept), all_pairs + len(kept)
+        print(f"{index.stem}: {sum(kept)} of {len(kept)} kept")
+        for pair, good in zip(pairs, kept, strict=True):
+            if not good:
+                print(f"  lost: {pair.get('name', pair['image0'])}")
+    if all_pairs:
+        print(f"pairs with overlap kept: {kept_in_all} of {all_pairs} ({kept_in_all / all_pairs:.1%})")
+
+
+if __name__ == "__main__":
+    main()
