@@ -70,12 +70,14 @@ def train(
         finally:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
-    if os.environ.get("RANK", "0") != "0":
-        return
-    state = "finished" if result.finished else "stopped; run the same command to go on"
-    typer.echo(
-        f"step {result.step} of {chosen.run.steps}: {state}. Weights: {result.folder}, {result.folder / 'last'}"
-    )
+    if os.environ.get("RANK", "0") == "0":
+        state = "stopped and saved; run the same command to go on"
+        state = "finished" if result.finished else f"interrupted, {state}" if result.signal else state
+        typer.echo(
+            f"step {result.step} of {chosen.run.steps}: {state}. Weights: {result.folder}, {result.folder / 'last'}"
+        )
+    if result.signal:
+        raise typer.Exit(128 + result.signal)
 
 
 def _chosen_config(

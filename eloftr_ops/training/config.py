@@ -279,6 +279,7 @@ class RunConfig:
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: of Lightning Fabric.
         checkpoint_every: steps between checkpoints.
+        checkpoint_seconds: time after which a checkpoint is written all the same.
         checkpoint_piece_mib: split a checkpoint into files of at most so many MiB; None for one file.
         log_every: steps between log lines.
         tensorboard: write scalars for TensorBoard.
@@ -293,6 +294,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision = "32-true"
     checkpoint_every: int = 250
+    checkpoint_seconds: float = 60.0
     checkpoint_piece_mib: int | None = None
     log_every: int = 50
     tensorboard: bool = True
@@ -300,6 +302,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "checkpoint_every", "log_every"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("checkpoint_seconds", self.checkpoint_seconds, 0, exclusive=True)
         _at_least("seed", self.seed, 0)
         if self.checkpoint_piece_mib is not None:
             _at_least("checkpoint_piece_mib", self.checkpoint_piece_mib, 1)

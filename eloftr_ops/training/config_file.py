@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+from eloftr_ops.storage import write_file
 from eloftr_ops.training.config import TrainingConfig
 
 T = TypeVar("T")
@@ -65,10 +66,10 @@ def config_to_dict(config: TrainingConfig) -> dict[str, Any]:
 
 
 def write_config(config: TrainingConfig, path: Path) -> None:
-    """Write a configuration file that :func:`read_config` reads."""
+    """Write a configuration file that :func:`read_config` reads, whole or not at all."""
     import yaml
 
-    path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    write_file(path, yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True).encode())
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

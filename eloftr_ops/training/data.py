@@ -31,6 +31,7 @@ from eloftr_ops.data import (
 from eloftr_ops.data.labelled import LabelledPairs
 from eloftr_ops.training.batches import TrainingBatch, batch_of_labelled, batch_of_rendered, join_batches
 from eloftr_ops.training.config import RENDERED, DataConfig, SourceConfig, ValidationConfig
+from eloftr_ops.training.interruption import leave_signals_to_the_main_process
 
 _PROCEDURAL_SIDE = 512  # pixels
 _DRAWN_FOR_VALIDATION = 8
@@ -51,6 +52,7 @@ class Textures:
         self.held_out = images[::period] if period else []
         images = [image for i, image in enumerate(images) if not period or i % period]
         drawn = procedural_textures(generator_of(seed), config.procedural, _PROCEDURAL_SIDE)
+        self.images, self.drawn = len(images), len(drawn)
         self.training: list[Tensor] = [*images, *drawn]
         self.weights = [1.0] * len(images) + [config.procedural_weight] * config.procedural
 
@@ -77,6 +79,18 @@ class PairMixture(Dataset[TrainingBatch]):
         self.config, self.seed = config, seed
         self._sources = [_open(source, config, textures) for source in config.sources]
         self._weights = torch.tensor([source.weight for source in config.sources], dtype=torch.float64)
+
+    def describe(self, textures: Textures) -> str:
+        """What the pairs come from, with numbers."""
+        parts = []
+        if any(source.kind in RENDERED for source in self.config.sources):
+            parts.append(f"{textures.images} images for training, {len(textures.held_out)} for validation")
+            if textures.drawn:
+                parts.append(f"{textures.drawn} textures drawn by chance")
+        for source, pairs in zip(self.config.sources, self._sources, strict=True):
+            if isinstance(pairs, LabelledPairs):
+                parts.append(f"{len(pairs)} {source.kind} pairs")
+        return ", ".join(parts)
 
     def size_of(self, step: int) -> tuple[int, int]:
         """(height, width) of the step's pairs."""
@@ -140,6 +154,7 @@ def batches(
         batch_sampler=_Shares(mixture, steps, process, processes, accumulate),
         num_workers=mixture.config.workers,
         collate_fn=join_batches,
+        worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator(),  # otherwise the loader would draw from the global one
     )
     return iter(loader)

@@ -6,11 +6,12 @@ One process, or several under ``torchrun``; interrupted at any moment, it goes o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -18,12 +19,14 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 
 from eloftr_ops.config import EfficientLoFTRConfig
 from eloftr_ops.model.matcher import EfficientLoFTR
+from eloftr_ops.storage import folder_lock
 from eloftr_ops.training.batches import TrainingBatch
 from eloftr_ops.training.budget import Budget
 from eloftr_ops.training.checkpoints import load_checkpoint, save_checkpoint
 from eloftr_ops.training.config import ModelConfig, TrainingConfig
 from eloftr_ops.training.config_file import config_to_dict, read_config, write_config
 from eloftr_ops.training.data import PairMixture, Textures, batches, validation_batches
+from eloftr_ops.training.interruption import SIGNALS, Interruption
 from eloftr_ops.training.optimization import learning_rate
 from eloftr_ops.training.report import Reporter
 from eloftr_ops.training.trainer import StepResult, Trainer
@@ -40,6 +43,7 @@ class TrainingResult(NamedTuple):
     skipped: int  # steps that changed nothing
     best_score: float  # of the validations; -1 if there was none
     model: EfficientLoFTR  # the averaged weights, in evaluation mode
+    signal: int | None = None  # that ended the run early: SIGINT or SIGTERM
 
 
 def train(
@@ -52,6 +56,8 @@ def train(
 ) -> TrainingResult:
     """Train, or go on training, in ``config.run.folder``.
 
+    Ctrl-C and SIGTERM end the run after the step that is being taken, with a checkpoint.
+
     Args:
         config: the run. Where its folder holds checkpoints, it goes on from the last one that is whole.
         model: to start from, in place of ``config.model``'s.
@@ -61,17 +67,19 @@ def train(
 
     Raises:
         ValueError: values that do not fit, or a folder of another run or of damaged checkpoints only.
+        FolderInUseError: (a ``ValueError``) another process trains in the folder.
         FileError: data that cannot be read.
         FloatingPointError: too many non-finite steps in a row; the last checkpoint is kept.
     """
     watch = Budget(budget, clock)
     fabric = build_fabric(config)
     fabric.launch()
-    run = _Run(config, fabric, model, watch)
-    try:
-        return run.go(min(config.run.steps, until or config.run.steps), cut=until is not None)
-    finally:
-        run.reporter.close()
+    with contextlib.ExitStack() as stack:
+        if fabric.is_global_zero:
+            stack.enter_context(folder_lock(Path(config.run.folder), "train"))
+        run = _Run(config, fabric, model, watch)
+        stack.callback(run.reporter.close)
+        return run.run(min(config.run.steps, until or config.run.steps), cut=until is not None)
 
 
 def build_fabric(config: TrainingConfig) -> Fabric:
@@ -109,6 +117,14 @@ def build_model(config: ModelConfig, seed: int) -> EfficientLoFTR:
         return EfficientLoFTR(EfficientLoFTRConfig.preset(config.preset).replace(**config.changes))
 
 
+class _Agreed(NamedTuple):
+    """The same in all processes."""
+
+    out_of_time: bool
+    checkpoint_due: bool
+    signal: int | None
+
+
 class _Run:
     """A run in one process: the loop around :class:`Trainer`."""
 
@@ -132,48 +148,68 @@ class _Run:
             tensorboard=config.run.tensorboard,
             speaks=fabric.is_global_zero,
         )
+        self._saved_step, self._saved_at = self.trainer.step, watch.elapsed
         if fabric.is_global_zero:
-            self._note_config(resumed=found is not None)
+            self._write_config(resumed=found is not None)
+            self.reporter.say(
+                f"training in {self._folder} on {fabric.device}: steps {self.trainer.step} to {config.run.steps}; "
+                + self._mixture.describe(self._textures)
+            )
 
-    def go(self, end: int, *, cut: bool) -> TrainingResult:
+    def run(self, end: int, *, cut: bool) -> TrainingResult:
         """Steps up to ``end``, then what closes a run; not if it is cut."""
+        with Interruption() as interruption:
+            stopped_by = self._take_steps(end, interruption)
+        if not cut:
+            self._export(self._folder / "last")
+            if self.trainer.best_score < 0:
+                self._export(self._folder)
+        return TrainingResult(
+            self._folder,
+            self.trainer.step,
+            self.trainer.step >= self._config.run.steps,
+            self.trainer.skipped,
+            self.trainer.best_score,
+            self.trainer.averaged_matcher.eval(),
+            stopped_by,
+        )
+
+    def _take_steps(self, end: int, interruption: Interruption) -> int | None:
+        """Up to ``end``, the end of the time, or a signal, which is returned."""
         trainer, config = self.trainer, self._config.run
         if trainer.step == 0 and self._config.model.weights is not None:
             self._validate()
         shares = self._shares(range(trainer.step, end))
         while trainer.step < end:
-            if self._is_out_of_time():
+            agreed = self._agree(interruption.signal)
+            if agreed.out_of_time or agreed.signal is not None or agreed.checkpoint_due:
                 self._save()
-                break
+            if agreed.out_of_time or agreed.signal is not None:
+                return agreed.signal
             since = self._watch.elapsed
             parts = [next(shares) for _ in range(self._config.optimizer.accumulate)]
             result = trainer.take_step(parts)
             self._watch.took("step", since)
-            self._tell(result)
+            self._log_step(result)
             if self._validates_after(trainer.step):
                 self._validate()
             if trainer.step == config.steps or trainer.step % config.checkpoint_every == 0:
                 self._save()
-        if not cut:
-            self._export(self._folder / "last")
-            if trainer.best_score < 0:
-                self._export(self._folder)
-        return TrainingResult(
-            self._folder,
-            trainer.step,
-            trainer.step >= config.steps,
-            trainer.skipped,
-            trainer.best_score,
-            trainer.averaged_matcher.eval(),
-        )
+        return None
 
-    def _is_out_of_time(self) -> bool:
-        """For all processes together, as soon as it is so for one."""
+    def _agree(self, received: int | None) -> _Agreed:
+        """What all processes do before the next step, as soon as one of them has a reason."""
         upcoming = ["step", "checkpoint"]
         if self._validates_after(self.trainer.step + 1):
             upcoming.append("validation")
-        over = torch.tensor([int(self._watch.is_over(*upcoming))], device=self._fabric.device)
-        return int(self.trainer.joined(over)) > 0
+        due = self._watch.elapsed - self._saved_at >= self._config.run.checkpoint_seconds
+        over = self._watch.is_over(*upcoming)
+        reasons = [over, due, *(received == number for number in SIGNALS)]
+        votes = torch.tensor([int(reason) for reason in reasons], device=self._fabric.device)
+        over, due, *signals = (vote > 0 for vote in self.trainer.joined(votes).tolist())
+        return _Agreed(
+            over, due, next((int(n) for n, sent in zip(SIGNALS, signals, strict=True) if sent), None)
+        )
 
     def _validates_after(self, step: int) -> bool:
         every = self._config.validation.every
@@ -188,7 +224,7 @@ class _Run:
             accumulate=self._config.optimizer.accumulate,
         )
 
-    def _tell(self, result: StepResult) -> None:
+    def _log_step(self, result: StepResult) -> None:
         trainer = self.trainer
         self.reporter.advance(trainer.step)
         if not result.taken:
@@ -232,8 +268,11 @@ class _Run:
         self._watch.took("validation", since)
 
     def _save(self) -> None:
+        """A checkpoint of this step, unless there is one."""
+        if self._saved_step == self.trainer.step and self.trainer.step > 0:
+            return
         since = self._watch.elapsed
-        self.trainer.seconds = self._earlier + self._watch.elapsed
+        self.trainer.seconds = self._earlier + since
         if self._fabric.is_global_zero:
             save_checkpoint(
                 self._folder / "checkpoints",
@@ -243,25 +282,31 @@ class _Run:
             )
         self._fabric.barrier()
         self._watch.took("checkpoint", since)
+        self._saved_step, self._saved_at = self.trainer.step, since
 
     def _export(self, folder: Path) -> None:
         if self._fabric.is_global_zero:
             save_pretrained(self.trainer.averaged_matcher, folder)
 
-    def _note_config(self, *, resumed: bool) -> None:
+    def _write_config(self, *, resumed: bool) -> None:
         """Keep the configuration beside the run, and say what is not as it was."""
         path = self._folder / "training.yaml"
         if resumed:
-            before: dict[str, Any] = config_to_dict(read_config(path)) if path.exists() else {}
-            now = config_to_dict(self._config)
-            changed = [
-                f"{section}.{name}"
-                for section, fields in now.items()
-                for name, value in fields.items()
-                if before and before[section][name] != value
-            ]
-            self.reporter.say(
-                f"going on from step {self.trainer.step}"
-                + (f"; changed since then: {', '.join(changed)}" if changed else "")
-            )
+            self.reporter.say(f"going on from step {self.trainer.step}{self._changes_since(path)}")
         write_config(self._config, path)
+
+    def _changes_since(self, path: Path) -> str:
+        """What is not as it was; the file is for readers, and a run goes on where it cannot be read."""
+        if not path.exists():
+            return ""
+        try:
+            before = config_to_dict(read_config(path))
+        except ValueError as error:
+            return f"; the earlier configuration is replaced, since it cannot be read ({error})"
+        changed = [
+            f"{section}.{name}"
+            for section, fields in config_to_dict(self._config).items()
+            for name, value in fields.items()
+            if before[section][name] != value
+        ]
+        return f"; changed since then: {', '.join(changed)}" if changed else ""

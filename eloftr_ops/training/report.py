@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eloftr_ops.storage import write_file
+
+_FIRST_PACE = 10.0  # seconds after which the time left is told for the first time
 
 
 class Reporter:
@@ -29,7 +32,8 @@ class Reporter:
 
     def __init__(self, folder: Path, steps: int, step: int, *, tensorboard: bool, speaks: bool) -> None:
         self._log = folder / "log.jsonl"
-        self._speaks = speaks
+        self._speaks, self._steps = speaks, steps
+        self._start, self._first, self._paced = time.monotonic(), step, False
         self._writer: Any = None
         self._progress: Progress | None = None
         if not speaks:
@@ -63,7 +67,7 @@ class Reporter:
                 self._writer.add_scalar(name, value, step)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in rounded.items())
         if self._progress is None:
-            self.say(f"step {step}  {shown}")
+            self.say(f"step {step} of {self._steps}  {shown}  {self._pace(step)}")
         else:
             self._progress.update(self._task, description=shown)
 
@@ -71,6 +75,9 @@ class Reporter:
         """The step is done."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
+        elif not self._paced and time.monotonic() - self._start >= _FIRST_PACE:
+            self.say(f"step {step} of {self._steps}  {self._pace(step)}")
+            self._paced = True
 
     def say(self, text: str) -> None:
         """A line on standard error."""
@@ -78,6 +85,13 @@ class Reporter:
             self._progress.console.print(text, markup=False, highlight=False)
         elif self._speaks:
             typer.echo(text, err=True)
+
+    def _pace(self, step: int) -> str:
+        """Time per step, validations and checkpoints included, and until the end."""
+        if step <= self._first:
+            return ""
+        each = (time.monotonic() - self._start) / (step - self._first)
+        return f"{each:.2g} s a step, {_in_words(each * (self._steps - step))} left"
 
     def close(self) -> None:
         """End the bar and flush the scalars."""
@@ -87,16 +101,23 @@ class Reporter:
             self._writer.close()
 
 
+def _in_words(seconds: float) -> str:
+    """90 s, 25 min or 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def _forget_after(log: Path, step: int) -> None:
     """Drop records of steps that will be done again, and a line that a kill cut off."""
     if not log.exists():
         return
-    lines = log.read_text().splitlines(keepends=True)
-    write_file(log, "".join(line for line in lines if _step_of(line) <= step).encode())
+    lines = log.read_bytes().splitlines(keepends=True)
+    write_file(log, b"".join(line for line in lines if _step_of(line) <= step))
 
 
-def _step_of(line: str) -> float:
-    """Infinity for half a line."""
+def _step_of(line: bytes) -> float:
+    """Infinity for half a line, and for one that is no text."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
