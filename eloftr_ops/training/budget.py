@@ -36,6 +36,7 @@ class Budget:
     def __init__(self, seconds: float | None, clock: Callable[[], float]) -> None:
         self._seconds, self._clock, self._start = seconds, clock, clock()
         self._longest: dict[str, float] = {}
+        self.noted = 0.0  # seconds from the start until something was last said to have ended
 
     @property
     def elapsed(self) -> float:
@@ -44,7 +45,8 @@ class Budget:
 
     def took(self, what: str, since: float) -> None:
         """Something that will be done again took from ``since`` (of ``elapsed``) until now."""
-        self._longest[what] = max(self._longest.get(what, 0.0), self.elapsed - since)
+        self.noted = self.elapsed
+        self._longest[what] = max(self._longest.get(what, 0.0), self.noted - since)
 
     def is_over(self, *upcoming: str) -> bool:
         """Whether what comes up, each as long as it ever took and half as long again, might not fit any more."""

@@ -202,7 +202,7 @@ class _Run:
         upcoming = ["step", "checkpoint"]
         if self._validates_after(self.trainer.step + 1):
             upcoming.append("validation")
-        due = self._watch.elapsed - self._saved_at >= self._config.run.checkpoint_seconds
+        due = self._watch.noted - self._saved_at >= self._config.run.checkpoint_seconds
         over = self._watch.is_over(*upcoming)
         reasons = [over, due, *(received == number for number in SIGNALS)]
         votes = torch.tensor([int(reason) for reason in reasons], device=self._fabric.device)
