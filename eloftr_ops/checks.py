@@ -16,11 +16,11 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_image(name: str, image: Any, device: torch.device) -> Tensor:
-    """A batch of gray images: (B, 1, H, W) floating point in [0, 1], H and W at least 32, finite.
+    """A batch of gray images: (B, 1, H, W) floating point, H and W at least 32; see `check_range` for the values.
 
     Raises:
         TypeError: not a tensor, or not floating point.
-        ValueError: another shape, size, range or device, or values that are not finite.
+        ValueError: another shape, size or device.
     """
     if not isinstance(image, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor of shape (B, 1, H, W), got {type(image).__name__}.")
@@ -39,7 +39,6 @@ def check_image(name: str, image: Any, device: torch.device) -> Tensor:
             "Resize or pad the image."
         )
     _check_device(name, image, device)
-    _check_range(name, image)
     return image
 
 
@@ -63,6 +62,30 @@ def check_mask(
     if mask.is_floating_point() and not _all_finite(mask):
         raise ValueError(f"{name}: expected finite values, got NaN or infinity. Pass a bool mask.")
     return mask != 0
+
+
+def check_range(name: str, image: Tensor, mask: Tensor | None) -> None:
+    """Visible pixels are finite and in [0, 1]; what lies under a mask (B, H, W) does not matter.
+
+    One reduction and, on a GPU, one synchronisation: cheap beside the backbone. Skipped while compiling.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if torch.compiler.is_compiling() or image.numel() == 0:
+        return
+    values = image.detach()
+    if mask is not None:
+        values = values.masked_fill(~mask[:, None], 0)
+    low, high = (float(v) for v in torch.aminmax(values))
+    if not (
+        low >= -1e-3 and high <= 1 + 1e-3
+    ):  # also false for NaN; the slack is for resampling and rounding
+        if low != low or high != high or abs(low) == float("inf") or abs(high) == float("inf"):
+            raise ValueError(f"{name}: expected finite values in [0, 1], got NaN or infinity.")
+        raise ValueError(
+            f"{name}: expected values in [0, 1], got [{low:g}, {high:g}]. Scale the image, e.g. by 1/255."
+        )
 
 
 def check_features(name: str, features: Any, widths: tuple[int, ...], device: torch.device) -> Features:
@@ -145,21 +168,6 @@ def _check_device(name: str, x: Tensor, device: torch.device) -> None:
     if x.device != device:
         raise ValueError(
             f"{name}: expected on the model's device {device}, got {x.device}. Move it with .to({device!s})."
-        )
-
-
-def _check_range(name: str, image: Tensor) -> None:
-    """One reduction and, on a GPU, one synchronisation: cheap beside the backbone. Skipped while compiling."""
-    if torch.compiler.is_compiling() or image.numel() == 0:
-        return
-    low, high = (float(v) for v in torch.aminmax(image.detach()))
-    if not (
-        low >= -1e-3 and high <= 1 + 1e-3
-    ):  # also false for NaN; the slack is for resampling and rounding
-        if low != low or high != high or abs(low) == float("inf") or abs(high) == float("inf"):
-            raise ValueError(f"{name}: expected finite values in [0, 1], got NaN or infinity.")
-        raise ValueError(
-            f"{name}: expected values in [0, 1], got [{low:g}, {high:g}]. Scale the image, e.g. by 1/255."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,6 +120,61 @@ def test_cmyk_is_converted_to_rgb(tmp_path: Path) -> None:
 def test_bilevel(tmp_path: Path) -> None:
     pixels = random_pixels(HEIGHT, WIDTH) > 127
     np.testing.assert_array_equal(gray(saved(tmp_path, Image.fromarray(pixels))), pixels)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_16_bit_gray_is_scaled_by_the_bits_that_it_uses(tmp_path: Path, bits: int) -> None:
+    pixels = random_pixels(HEIGHT, WIDTH, dtype=np.uint16) >> (16 - bits)
+    pixels[0, 0] = 2**bits - 1
+    path = saved(tmp_path, Image.fromarray(pixels))
+    np.testing.assert_allclose(gray(path), pixels / (2**bits - 1), atol=EXACT)
+    notes = read_image(path).notes
+    assert len(notes) == (bits < 16)
+    if notes:
+        assert f"use {bits} bits: {2**bits - 1} is taken for white" in notes[0]
+
+
+def test_the_transparent_value_of_16_bit_gray_is_masked(tmp_path: Path) -> None:
+    pixels = np.maximum(random_pixels(HEIGHT, WIDTH, dtype=np.uint16), 1)
+    pixels[:, :20] = 0
+    path = saved(tmp_path, Image.fromarray(pixels), transparency=0)
+    mask = read_image(path).mask
+    assert mask is not None
+    np.testing.assert_array_equal(mask[0].numpy(), np.arange(WIDTH)[None].repeat(HEIGHT, 0) >= 20)
+    np.testing.assert_allclose(gray(path), pixels / 65535, atol=EXACT)
+
+
+def test_colours_are_kept_on_demand(tmp_path: Path) -> None:
+    pixels = random_pixels(HEIGHT, WIDTH, 3)
+    path = saved(tmp_path, Image.fromarray(pixels))
+    assert read_image(path).color is None
+    np.testing.assert_array_equal(read_image(path, color=True).color, pixels)
+    gray_path = saved(tmp_path, Image.fromarray(pixels[..., 0]), "gray.png")
+    assert read_image(gray_path, color=True).color is None
+
+
+def test_pipes_are_refused_at_once_and_names_too_long_are_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(FileError, match=r"pipe\.png: expected an image file, got a pipe or a device"):
+        read_image(tmp_path / "pipe.png")
+    with pytest.raises(FileError, match="cannot be read: File name too long"):
+        read_image(tmp_path / ("n" * 300))
+    with pytest.raises(FileError, match="cannot be written: File name too long"):
+        check_output(tmp_path / ("n" * 300 + ".npz"), eio.MATCH_SUFFIXES)
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(FileError, match="expected a file to write, got a pipe or a device"):
+        check_output(tmp_path / "pipe.npz", eio.MATCH_SUFFIXES)
+
+
+def test_a_folder_that_may_not_be_searched_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:  # the superuser may search anywhere
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(FileError, match="cannot be read: Permission denied"):
+        read_image(tmp_path / "closed" / "image.png")
 
 
 @pytest.mark.parametrize("name", ["image.png", "image.tif"])

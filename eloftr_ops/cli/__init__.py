@@ -21,6 +21,7 @@ __all__ = ["app"]
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
+    rich_markup_mode=None,  # its tables cut the names of options
     pretty_exceptions_show_locals=False,
     help="EfficientLoFTR: match images, train and evaluate matchers.",
 )

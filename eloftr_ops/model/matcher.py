@@ -14,7 +14,14 @@ from kornia.feature import LoFTR
 from torch import Tensor, nn
 
 from eloftr_kernels import window_match
-from eloftr_ops.checks import check_features, check_image, check_mask, check_pair, check_same_batch
+from eloftr_ops.checks import (
+    check_features,
+    check_image,
+    check_mask,
+    check_pair,
+    check_range,
+    check_same_batch,
+)
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode, ScoreKind, WeightLayout, check_choice
 from eloftr_ops.model.backbone import RepVGG
 from eloftr_ops.model.coarse import match_cells, select_matches
@@ -134,6 +141,7 @@ class EfficientLoFTR(LoFTR):
         image = check_image("image", image, self.device)
         if mask is not None:
             mask = check_mask("mask", mask, "image", (image.shape[0], *image.shape[-2:]), self.device)
+        check_range("image", image, mask)
         return self.extract(ImageInput(image, mask)).to_dict()
 
     def fused(self) -> EfficientLoFTR:
@@ -242,6 +250,7 @@ class EfficientLoFTR(LoFTR):
             if data.get(f"mask{side}") is not None:
                 shape = (pixels.shape[0], *pixels.shape[-2:])
                 mask = check_mask(f"mask{side}", data[f"mask{side}"], f"image{side}", shape, self.device)
+            check_range(f"image{side}", pixels, mask)
             sides.append(ImageInput(pixels, mask))
         check_same_batch(len(sides[0][0]), len(sides[1][0]))
         return PairInput(*sides)
@@ -270,7 +279,7 @@ class EfficientLoFTR(LoFTR):
         if mask is None and any(pad):
             mask = torch.ones((pixels.shape[0], height, width), dtype=torch.bool, device=pixels.device)
         if mask is not None:
-            pixels, mask = F.pad(pixels * mask[:, None], pad), F.pad(mask, pad)
+            pixels, mask = F.pad(pixels.masked_fill(~mask[:, None], 0), pad), F.pad(mask, pad)
         half, quarter, coarse = self.backbone(pixels)
         return Features(half, quarter, coarse, mask)
 

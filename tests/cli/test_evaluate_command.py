@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -222,3 +223,14 @@ def test_the_other_commands_do_not_load_what_only_evaluation_needs() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
+
+
+def test_help_at_80_columns_names_every_option_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in app.registered_commands:
+        name = command.callback.__name__
+        text = CliRunner().invoke(app, [name, "--help"]).stdout
+        assert max(map(len, text.splitlines())) <= 80
+        for option in inspect.signature(command.callback).parameters.values():
+            if option.default is not option.empty and option.name != "config":  # train's only argument
+                assert f"--{option.name.replace('_', '-')}" in text

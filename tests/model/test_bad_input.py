@@ -213,3 +213,30 @@ def test_small_is_small() -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         small({"image0": image, "image1": image})
     assert counter.get_total_flops() <= 60e9
+
+
+@pytest.mark.parametrize("hidden", [float("nan"), float("inf"), 255.0, -5.0])
+def test_what_lies_under_a_mask_does_not_matter(hidden: float) -> None:
+    mask = torch.ones(1, 64, 64, dtype=torch.bool)
+    mask[..., 40:] = False
+    black = IMAGE.masked_fill(~mask[:, None], 0)
+    dirty = IMAGE.masked_fill(~mask[:, None], hidden)
+    expected = MODEL({"image0": black, "image1": IMAGE, "mask0": mask})
+    found = MODEL({"image0": dirty, "image1": IMAGE, "mask0": mask})
+    assert len(expected["confidence"]) > 0
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+    MODEL.extract_features(dirty, mask)
+    with pytest.raises(ValueError, match="image0: expected"):
+        MODEL({"image0": dirty, "image1": IMAGE, "mask0": mask | True})
+
+
+def test_no_gradient_comes_from_under_a_mask() -> None:
+    mask = torch.ones(1, 64, 64, dtype=torch.bool)
+    mask[..., 40:] = False
+    image = IMAGE.masked_fill(~mask[:, None], float("nan")).requires_grad_()
+    MODEL.extract_features(image, mask)["coarse"].square().sum().backward()
+    assert image.grad is not None
+    assert torch.isfinite(image.grad).all()
+    assert image.grad[~mask[:, None]].abs().max() == 0
+    assert image.grad.abs().max() > 0
