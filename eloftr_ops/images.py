@@ -36,6 +36,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNED_BACK = {**_UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 _ON_ITS_SIDE = (5, 6, 7, 8)
 _DEPTHS = (8, 10, 12, 14)  # bits that cameras store in words of 16
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
@@ -78,7 +79,7 @@ class LoadedImage(NamedTuple):
 
 
 def read_image(
-    path: str | os.PathLike[str], *, resize: int | None = None, color: bool = False
+    path: str | os.PathLike[str], *, resize: int | None = None, color: bool = False, upright: bool = True
 ) -> LoadedImage:
     """Read an image file as the matcher takes it: gray, upright, in [0, 1].
 
@@ -101,6 +102,8 @@ def read_image(
         resize: length in pixels that a longer long side is reduced to, aspect kept to the nearest pixel, with
             antialiasing (bicubic). Smaller images are left alone: enlarging adds no detail. None: never resize.
         color: keep the colours, too, for pictures.
+        upright: apply the EXIF orientation. False keeps the rows and columns as they are stored, which is what
+            intrinsics, depth maps and poses of data sets belong to.
 
     Raises:
         FileError: a file that is missing, a folder, a pipe, empty, not an image, broken, truncated, or larger than
@@ -121,7 +124,7 @@ def read_image(
             # Pillow warns at half of the size that it refuses: nothing that its user could act on.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = stack.enter_context(Image.open(file))
-        return _decode(image, resize, color, upright=True)
+        return _decode(image, resize, color, upright=upright)
 
 
 def load_image(
@@ -202,9 +205,12 @@ def _decode(image: Image.Image, resize: int | None, color: bool, *, upright: boo
         twice = _fitted(stored_wh, resize)
         drafted = image.draft(None, (2 * twice[0], 2 * twice[1]))
         box = drafted[1] if drafted is not None else None
+    before = image.getexif().get(ExifTags.Base.Orientation, 1)
     image.load()
+    if not upright and before != image.getexif().get(ExifTags.Base.Orientation, 1):
+        image = image.transpose(_TURNED_BACK[before])  # a TIFF turns itself upright while loading
     if box is None:
-        stored_wh = image.size  # a TIFF turns itself upright while loading
+        stored_wh = image.size
         box = (0, 0, *stored_wh)
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if upright else 1
     gray, visible, white, notes = _gray(image)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from eloftr_ops.io import FileError
 
+_LARGEST = 2**31  # bytes of the unpacked contents of a file: a depth map of 179 megapixels takes 0.7e9
 _ARRAY_PARTS = frozenset({"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer", "encode"})
 _ARRAY_MODULES = frozenset(
     {
@@ -51,27 +52,21 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
     Raises:
         FileError: the file is missing or broken, lacks an array, or holds something else than arrays.
     """
-    if not path.is_file():
-        raise FileError(f"{path}: no such file.")
     arrays = {}
     try:
+        if not path.is_file():
+            raise FileError(f"{path}: no such file.")
         with zipfile.ZipFile(path) as archive:
+            _check_size(path, sum(member.file_size for member in archive.infolist()))
             for name in names:
                 if f"{name}.npy" not in archive.namelist():
                     stored = ", ".join(sorted(member.removesuffix(".npy") for member in archive.namelist()))
                     raise FileError(f"{path}: expected an array {name!r}, got {stored}.")
                 with archive.open(f"{name}.npy") as member:
                     arrays[name] = _read_array(member)
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        AttributeError,
-    ) as error:
-        if isinstance(error, FileError):
-            raise
+    except FileError:
+        raise
+    except Exception as error:  # readers of broken data raise whatever they stumble over
         raise FileError(f"{path}: broken, or not an .npz file of arrays: {error}.") from error
     return arrays
 
@@ -85,36 +80,45 @@ def npz_names(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return [member.removesuffix(".npy") for member in archive.namelist()]
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # readers of broken data raise whatever they stumble over
         raise FileError(f"{path}: missing, broken, or not an .npz file: {error}.") from error
 
 
-def read_depth(path: Path, *, unit: float = 0.001) -> npt.NDArray[np.float32]:
+def read_depth(path: Path, *, unit: float | None = None) -> npt.NDArray[np.float32]:
     """Read a depth map (H, W), float32, 0 where depth is unknown.
 
     Args:
-        path: ``.h5`` with a data set "depth", ``.npy``, or a 16-bit image.
-        unit: depth per gray level of an image; millimetres in metres by default. The others hold depth itself.
+        path: ``.h5`` with a data set "depth", ``.npy``, or an image with one channel: 16 or 32 bits, or floating point.
+        unit: depth per 1 of the stored numbers. None: whole numbers are millimetres and give metres; floating point is
+            taken as it is. A file's type says nothing about the unit, so set it where your files differ.
 
     Raises:
-        FileError: missing, broken, of another format, or not two-dimensional.
+        FileError: missing, broken, of another format or of eight bits, too large, or not two-dimensional.
         ImportError: h5py is not installed.
     """
-    if not path.is_file():
-        raise FileError(f"{path}: no such depth map.")
     try:
+        if not path.is_file():
+            raise FileError(f"{path}: no such depth map.")
         if path.suffix in (".h5", ".hdf5"):
             depth = _read_h5(path)
         elif path.suffix == ".npy":
-            depth = np.load(path, allow_pickle=False)
+            depth = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             with Image.open(path) as image:
-                depth = np.asarray(image, dtype=np.float32) * unit
-    except (OSError, ValueError, KeyError, SyntaxError, EOFError) as error:
+                depth = np.asarray(image)
+        if depth.ndim != 2:
+            raise FileError(f"{path}: expected a depth map (height, width), got shape {depth.shape}.")
+        if depth.dtype.itemsize == 1 or depth.dtype.kind not in "iuf":
+            raise FileError(
+                f"{path}: expected depth in 16 bits or more, got {depth.dtype}: a picture of depth, not depth."
+            )
+        factor = unit if unit is not None else 1.0 if depth.dtype.kind == "f" else 0.001
+        scaled: npt.NDArray[np.float32] = np.asarray(depth, dtype=np.float32) * np.float32(factor)
+        return scaled
+    except (FileError, ImportError):
+        raise
+    except Exception as error:  # readers of broken data raise whatever they stumble over
         raise FileError(f"{path}: broken, or not a depth map: {error}.") from error
-    if depth.ndim != 2:
-        raise FileError(f"{path}: expected a depth map (height, width), got shape {depth.shape}.")
-    return depth.astype(np.float32)
 
 
 def _read_h5(path: Path) -> npt.NDArray[Any]:
@@ -125,7 +129,15 @@ def _read_h5(path: Path) -> npt.NDArray[Any]:
             f"{path}: reading .h5 files needs h5py. Install it with: pip install 'eloftr-ops[train]'"
         ) from error
     with h5py.File(path, "r") as file:
-        return np.asarray(file["depth"])
+        stored = file["depth"]
+        _check_size(path, stored.size * stored.dtype.itemsize)
+        return np.asarray(stored)
+
+
+def _check_size(path: Path, size: int) -> None:
+    """A small file may unpack to any size."""
+    if size > _LARGEST:
+        raise FileError(f"{path}: expected at most {_LARGEST} bytes when unpacked, got {size}.")
 
 
 def _read_array(member: IO[bytes]) -> npt.NDArray[Any]:

@@ -5,6 +5,8 @@ Convention:
     Image points are (x, y) with the centre of pixel (x, y) at (x + 0.5, y + 0.5). Intrinsics and homographies of a
     pair belong to that frame and to its images as they are given, resized or not. ``T_0to1`` maps coordinates of
     camera 0 to those of camera 1 (``X1 = R X0 + t``), depth is z, 0 where it is unknown.
+
+    Labels belong to the pixels as they are stored, as in COLMAP: the EXIF orientation is not applied.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -32,6 +34,8 @@ from eloftr_ops.data.labels import (
     share_by_homography,
 )
 from eloftr_ops.io import FileError, read_image
+
+_ON_ITS_SIDE = 5  # EXIF orientations from here on exchange width and height
 
 
 class ImagePair(NamedTuple):
@@ -194,7 +198,10 @@ def assemble(
     if H_0to1 is not None:
         to0, to1 = (torch.diag(F.pad(scale, (0, 1), value=1.0)) for scale in (scale0, scale1))
         H = torch.linalg.inv(to1) @ torch.from_numpy(checked_homography(H_0to1, name)) @ to0
-        pair = pair._replace(H_0to1=(H / H[2, 2] if H[2, 2] != 0 else H).float())
+        H = (H / H[2, 2] if H[2, 2] != 0 else H).float()
+        if not torch.isfinite(H).all():
+            raise FileError(f"{name}: expected a homography of moderate numbers, got {H_0to1.tolist()}.")
+        pair = pair._replace(H_0to1=H)
     if options.min_overlap is not None:
         shares = pair_overlap(pair)
         if shares is not None and min(shares) <= options.min_overlap:
@@ -241,7 +248,7 @@ def pair_overlap(pair: ImagePair) -> tuple[float, float] | None:
         H = pair.H_0to1.double()
         return (
             share_by_homography(H, pair.mask0, pair.mask1),
-            share_by_homography(torch.linalg.inv(H), pair.mask1, pair.mask0),
+            share_by_homography(torch.linalg.inv_ex(H).inverse, pair.mask1, pair.mask0),
         )
     if (
         pair.T_0to1 is None
@@ -262,7 +269,7 @@ def _read_view(
     view: View, options: PairOptions
 ) -> tuple[Tensor, Tensor, Tensor, npt.NDArray[np.float64] | None, Tensor | None]:
     """Image, mask, scale, intrinsics and depth at the size that is given out."""
-    loaded = read_image(view.path, resize=_longer_side(view.path, options))
+    loaded = read_image(view.path, resize=_longer_side(view.path, options), upright=False)
     width, height = loaded.size_wh
     image = loaded.image[0]
     mask = torch.ones(height, width, dtype=torch.bool) if loaded.mask is None else loaded.mask[0]
@@ -292,13 +299,29 @@ def _read_view(
     )
 
 
+def stored_size_wh(path: Path) -> tuple[int, int]:
+    """(width, height) of an image as its rows are stored, whatever its EXIF orientation.
+
+    Raises:
+        FileError: missing or broken.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= _ON_ITS_SIDE
+            if image.format == "TIFF" and turned:  # whose size Pillow gives as it is seen
+                width, height = height, width
+    except Exception as error:  # decoders of broken data raise whatever they stumble over
+        raise FileError(f"{path}: missing or broken image: {error}.") from error
+    return width, height
+
+
 def _longer_side(path: Path, options: PairOptions) -> int | None:
     if options.resize is None or not options.shorter_side:
         return options.resize
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        width, height = stored_size_wh(path)
+    except FileError:
         return None  # read_image says what is wrong
     aspect: float = max(width, height) / min(width, height)
     return max(1, round(options.resize * aspect))

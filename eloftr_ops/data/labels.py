@@ -17,6 +17,11 @@ _GRID = 24  # points per side on which the overlap is counted
 _SAME_DEPTH = 0.1  # relative difference up to which two depths count as one surface
 
 
+def _finite(matrix: npt.NDArray[np.float64]) -> bool:
+    """In float32, too, as labels are given out."""
+    return bool((np.abs(matrix) <= np.finfo(np.float32).max).all())
+
+
 def checked_pose(T: npt.NDArray[np.float64], name: str) -> npt.NDArray[np.float64]:
     """A rigid 4 x 4 motion.
 
@@ -24,9 +29,9 @@ def checked_pose(T: npt.NDArray[np.float64], name: str) -> npt.NDArray[np.float6
         FileError: something else.
     """
     T = np.asarray(T, dtype=np.float64)
-    if T.shape != (4, 4) or not np.isfinite(T).all():
+    if T.shape != (4, 4) or not _finite(T):
         raise FileError(
-            f"{name}: expected a finite 4 x 4 pose, got shape {T.shape} with finite={np.isfinite(T).all()}."
+            f"{name}: expected a finite 4 x 4 pose, got shape {T.shape} with finite={_finite(T)}."
         )
     R = T[:3, :3]
     if (
@@ -45,12 +50,7 @@ def checked_intrinsics(K: npt.NDArray[np.float64], name: str) -> npt.NDArray[np.
         FileError: something else.
     """
     K = np.asarray(K, dtype=np.float64)
-    if (
-        K.shape != (3, 3)
-        or not np.isfinite(K).all()
-        or min(K[0, 0], K[1, 1]) <= 0
-        or not np.allclose(K[2], (0, 0, 1))
-    ):
+    if K.shape != (3, 3) or not _finite(K) or min(K[0, 0], K[1, 1]) <= 0 or not np.allclose(K[2], (0, 0, 1)):
         raise FileError(f"{name}: expected 3 x 3 intrinsics with positive focal lengths, got {K.tolist()}.")
     return K
 

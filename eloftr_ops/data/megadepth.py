@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from eloftr_ops.data.archives import read_depth, read_npz
 from eloftr_ops.data.labelled import ImagePair, LabelledPairs, PairOptions, View, assemble
+from eloftr_ops.data.labels import checked_pose
 from eloftr_ops.io import FileError
 
 __all__ = ["MegaDepthPairs"]
@@ -98,6 +99,8 @@ class MegaDepthPairs(LabelledPairs):
         scene, first, second = self._pairs[index]
         world_to_0, world_to_1 = (self._entry(scene, "poses", image, (4, 4)) for image in (first, second))
         views = (self._view(scene, first), self._view(scene, second))
+        for image, pose in ((first, world_to_0), (second, world_to_1)):
+            checked_pose(pose, f"{self._files[scene]}: poses[{image}]")
         return assemble(*views, self.options, T_0to1=world_to_1 @ np.linalg.inv(world_to_0))
 
     def _view(self, scene: int, image: int) -> View:

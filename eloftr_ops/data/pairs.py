@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from eloftr_ops.data.archives import read_depth
-from eloftr_ops.data.labelled import ImagePair, LabelledPairs, PairOptions, View, assemble
+from eloftr_ops.data.labelled import ImagePair, LabelledPairs, PairOptions, View, assemble, stored_size_wh
 from eloftr_ops.data.labels import homography_from_integer_centers, intrinsics_from_integer_centers
 from eloftr_ops.io import FileError
 
@@ -40,7 +39,9 @@ class JsonPairs(LabelledPairs):
 
     A pair has a homography, or intrinsics and a pose (depth is then optional, but for both images). Sizes, [width,
     height], are optional; an image of another size cannot be used. Depth is ``.npy``, ``.h5`` ("depth") or a 16-bit
-    image of multiples of ``depth_unit``. Other fields are ignored.
+    image. ``depth_unit`` is the depth per 1 of the stored numbers; without it, whole numbers are millimetres and
+    floating point is metres (see `read_depth`). Other fields are ignored. The labels belong to the images as they are stored:
+    their EXIF orientation is not applied.
 
     Args:
         path: the JSON file.
@@ -65,18 +66,18 @@ class JsonPairs(LabelledPairs):
         self._root = Path(root) if root is not None else self._path.parent
         try:
             content = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise FileError(f"{path}: missing, or not JSON: {error}.") from error
         if not isinstance(content, dict) or not isinstance(content.get("pairs"), list):
             raise FileError(f'{path}: expected an object with a list "pairs".')
         centers = content.get("pixel_centers") if pixel_centers is None else pixel_centers
-        if centers not in (0, 0.5):
+        if isinstance(centers, bool) or centers not in (0, 0.5):
             raise FileError(
                 f'{path}: expected "pixel_centers": 0 or 0.5, got {centers}. Say whether the centre of the first pixel '
                 "is (0, 0), as in OpenCV, or (0.5, 0.5), as in COLMAP."
             )
         self._integer_centers = centers == 0
-        self._depth_unit = float(content.get("depth_unit", 0.001))
+        self._depth_unit = _depth_unit(content.get("depth_unit"), str(path))
         self._pairs: list[Any] = content["pairs"]
 
     def __len__(self) -> int:
@@ -109,7 +110,7 @@ class JsonPairs(LabelledPairs):
         path = self._root / str(entry[f"image{side}"])
         size = entry.get(f"size{side}")
         if size is not None:
-            _check_size(path, size)
+            _check_size(path, size, f"{place}: size{side}")
         K = None
         if f"K{side}" in entry:
             K = _matrix(entry[f"K{side}"], (3, 3), f"{place}: K{side}")
@@ -122,18 +123,24 @@ class JsonPairs(LabelledPairs):
 def _matrix(value: Any, shape: tuple[int, int], place: str) -> npt.NDArray[np.float64]:
     try:
         matrix = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise FileError(f"{place}: expected numbers, got {value!r}.") from error
     if matrix.shape != shape:
         raise FileError(f"{place}: expected shape {shape}, got {matrix.shape}.")
     return matrix
 
 
-def _check_size(path: Path, size: Any) -> None:
-    try:
-        with Image.open(path) as image:
-            actual = list(image.size)
-    except (OSError, ValueError, SyntaxError):
-        return  # reading the image says what is wrong
-    if list(size) != actual:
+def _depth_unit(value: Any, place: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise FileError(f'{place}: "depth_unit": expected a positive number, such as 0.001, got {value!r}.')
+    return float(value)
+
+
+def _check_size(path: Path, size: Any, place: str) -> None:
+    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) for side in size):
+        raise FileError(f"{place}: expected [width, height], got {size!r}.")
+    actual = stored_size_wh(path)
+    if tuple(size) != actual:
         raise FileError(f"{path}: expected {size[0]} x {size[1]} pixels, got {actual[0]} x {actual[1]}.")

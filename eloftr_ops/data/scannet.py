@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from eloftr_ops.data.archives import npz_names, read_depth, read_npz
-from eloftr_ops.data.labelled import ImagePair, LabelledPairs, PairOptions, View, assemble
+from eloftr_ops.data.labelled import ImagePair, LabelledPairs, PairOptions, View, assemble, stored_size_wh
 from eloftr_ops.data.labels import checked_pose, intrinsics_from_integer_centers
 from eloftr_ops.io import FileError
 
@@ -61,7 +60,7 @@ class ScanNetPairs(LabelledPairs):
         if self._names.ndim != 2 or self._names.shape[1] != 4:
             raise FileError(f"{self._index}: expected name of shape (N, 4), got {self._names.shape}.")
         if "rel_pose" in arrays:
-            self._poses = np.asarray(arrays["rel_pose"], dtype=np.float64).reshape(len(self._names), -1, 4)
+            self._poses = self._matrices(arrays["rel_pose"])
         path = Path(intrinsics) if intrinsics is not None else self._index.parent / "intrinsics.npz"
         self._intrinsics = read_npz(path, npz_names(path))
         self._intrinsics_path = path
@@ -75,14 +74,20 @@ class ScanNetPairs(LabelledPairs):
         Raises:
             FileError: it cannot be used; the message names the file.
         """
-        scene, sub, first, second = (int(value) for value in self._names[index])
+        try:
+            scene, sub, first, second = (int(value) for value in self._names[index])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise FileError(
+                f"{self._index}: name[{index}]: expected four numbers, got {self._names[index]}."
+            ) from error
         folder = self._root / f"scene{scene:04d}_{sub:02d}"
         if folder.name not in self._intrinsics:
             raise FileError(f"{self._intrinsics_path}: no intrinsics of {folder.name}.")
-        K = np.asarray(self._intrinsics[folder.name], dtype=np.float64)
-        if K.size != 9:
-            raise FileError(f"{self._intrinsics_path}: expected (3, 3) for {folder.name}, got {K.shape}.")
-        K = intrinsics_from_integer_centers(K.reshape(3, 3))
+        try:
+            K = np.asarray(self._intrinsics[folder.name], dtype=np.float64).reshape(3, 3)
+        except (TypeError, ValueError) as error:
+            raise FileError(f"{self._intrinsics_path}: expected (3, 3) numbers for {folder.name}.") from error
+        K = intrinsics_from_integer_centers(K)
         views = [self._view(folder, frame, K) for frame in (first, second)]
         if self._poses is not None:
             T_0to1 = np.vstack([self._poses[index][:3], (0.0, 0.0, 0.0, 1.0)])
@@ -91,13 +96,17 @@ class ScanNetPairs(LabelledPairs):
             T_0to1 = np.linalg.inv(to_world1) @ to_world0
         return assemble(views[0], views[1], self.options, T_0to1=T_0to1)
 
+    def _matrices(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        try:
+            return np.asarray(stored, dtype=np.float64).reshape(len(self._names), -1, 4)
+        except (TypeError, ValueError) as error:
+            raise FileError(
+                f"{self._index}: expected rel_pose of shape ({len(self._names)}, 12 or 16), got {stored.shape}."
+            ) from error
+
     def _view(self, folder: Path, frame: int, K: npt.NDArray[np.float64]) -> View:
         path = folder / "color" / f"{frame}.jpg"
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-        except (OSError, ValueError, SyntaxError) as error:
-            raise FileError(f"{path}: missing or broken image: {error}.") from error
+        width, height = stored_size_wh(path)
         expected = self._size_wh[0] / self._size_wh[1]
         if abs(width / height / expected - 1) > _SAME_ASPECT:
             raise FileError(

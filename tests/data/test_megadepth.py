@@ -114,3 +114,13 @@ def test_a_broken_index_is_an_error(tmp_path: Path) -> None:
     np.savez(tmp_path / "part.npz", image_paths=np.zeros(2))
     with pytest.raises(FileError, match=r"part\.npz.*depth_paths"):
         MegaDepthPairs(tmp_path, tmp_path / "part.npz")
+
+
+def test_a_pose_of_zeros_is_skipped_or_named(tmp_path: Path) -> None:
+    index = make_set(tmp_path, rendered())
+    with np.load(index, allow_pickle=True) as stored:
+        arrays = dict(stored)
+    arrays["poses"][0] = np.zeros((4, 4))
+    np.savez(index, **arrays)
+    with pytest.raises(FileError, match=r"poses\[0\]: expected a rotation"):
+        MegaDepthPairs(tmp_path, index, options=PairOptions(strict=True)).load(0)
