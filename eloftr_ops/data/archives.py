@@ -84,13 +84,13 @@ def npz_names(path: Path) -> list[str]:
         raise FileError(f"{path}: missing, broken, or not an .npz file: {error}.") from error
 
 
-def read_depth(path: Path, *, unit: float | None = None) -> npt.NDArray[np.float32]:
+def read_depth(path: Path, *, unit: float = 0.001) -> npt.NDArray[np.float32]:
     """Read a depth map (H, W), float32, 0 where depth is unknown.
 
     Args:
         path: ``.h5`` with a data set "depth", ``.npy``, or an image with one channel: 16 or 32 bits, or floating point.
-        unit: depth per 1 of the stored numbers. None: whole numbers are millimetres and give metres; floating point is
-            taken as it is. A file's type says nothing about the unit, so set it where your files differ.
+        unit: depth per 1 of stored whole numbers, in any kind of file; millimetres in metres by default. Floating point
+            is depth itself, in the unit of the poses: a file's type says nothing about another one.
 
     Raises:
         FileError: missing, broken, of another format or of eight bits, too large, or not two-dimensional.
@@ -112,7 +112,7 @@ def read_depth(path: Path, *, unit: float | None = None) -> npt.NDArray[np.float
             raise FileError(
                 f"{path}: expected depth in 16 bits or more, got {depth.dtype}: a picture of depth, not depth."
             )
-        factor = unit if unit is not None else 1.0 if depth.dtype.kind == "f" else 0.001
+        factor = 1.0 if depth.dtype.kind == "f" else unit
         scaled: npt.NDArray[np.float32] = np.asarray(depth, dtype=np.float32) * np.float32(factor)
         return scaled
     except (FileError, ImportError):

@@ -39,9 +39,9 @@ class JsonPairs(LabelledPairs):
 
     A pair has a homography, or intrinsics and a pose (depth is then optional, but for both images). Sizes, [width,
     height], are optional; an image of another size cannot be used. Depth is ``.npy``, ``.h5`` ("depth") or a 16-bit
-    image. ``depth_unit`` is the depth per 1 of the stored numbers; without it, whole numbers are millimetres and
-    floating point is metres (see `read_depth`). Other fields are ignored. The labels belong to the images as they are stored:
-    their EXIF orientation is not applied.
+    image. ``depth_unit`` is the depth per 1 of stored whole numbers; floating point is depth itself, in the unit of the
+    poses. Other fields are ignored. The labels belong to the images as they are stored: their EXIF orientation is not
+    applied.
 
     Args:
         path: the JSON file.
@@ -77,7 +77,7 @@ class JsonPairs(LabelledPairs):
                 "is (0, 0), as in OpenCV, or (0.5, 0.5), as in COLMAP."
             )
         self._integer_centers = centers == 0
-        self._depth_unit = _depth_unit(content.get("depth_unit"), str(path))
+        self._depth_unit = _depth_unit(content.get("depth_unit", 0.001), str(path))
         self._pairs: list[Any] = content["pairs"]
 
     def __len__(self) -> int:
@@ -130,9 +130,7 @@ def _matrix(value: Any, shape: tuple[int, int], place: str) -> npt.NDArray[np.fl
     return matrix
 
 
-def _depth_unit(value: Any, place: str) -> float | None:
-    if value is None:
-        return None
+def _depth_unit(value: Any, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise FileError(f'{place}: "depth_unit": expected a positive number, such as 0.001, got {value!r}.')
     return float(value)

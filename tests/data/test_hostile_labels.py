@@ -98,10 +98,10 @@ def write_depth(path: Path, values: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.h5", "a.tiff"])
-def test_floating_point_depth_is_metres_and_whole_numbers_are_millimetres(tmp_path: Path, name: str) -> None:
+def test_floating_point_is_depth_itself_and_whole_numbers_have_a_unit(tmp_path: Path, name: str) -> None:
     write_depth(tmp_path / name, DEPTH)
     np.testing.assert_array_equal(read_depth(tmp_path / name), DEPTH)
-    np.testing.assert_allclose(read_depth(tmp_path / name, unit=0.5), DEPTH / 2, rtol=1e-6)
+    np.testing.assert_array_equal(read_depth(tmp_path / name, unit=0.5), DEPTH)
     millimetres = (DEPTH * 1000).astype(np.uint16)
     write_depth(tmp_path / name, millimetres)
     np.testing.assert_allclose(read_depth(tmp_path / name), millimetres / 1000, rtol=1e-6)
