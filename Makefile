@@ -4,18 +4,21 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.installed ## match the bundled pair; writes out/matches.npz and out/matches.png
 	$(BIN)/eloftr-ops demo --output-dir out
 
-test: $(VENV)/.installed-dev lint ## lint, types, tests
+test: $(VENV)/.installed-dev lint docs ## lint, types, docs, tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q # two processes of two threads each would wait for one another
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev ## the site, in site/; a broken link or an unknown name is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # heavy, and of no use to the other commands
     from eloftr_ops.evaluation import EvaluationConfig, EvaluationResult
 
 
-class Dataset(str, enum.Enum):
+class Dataset(enum.StrEnum):
     """Data sets with a loader."""
 
     megadepth = "megadepth"
@@ -41,7 +41,7 @@ class Dataset(str, enum.Enum):
     json = "json"
 
 
-class Precision(str, enum.Enum):
+class Precision(enum.StrEnum):
     """Floating point types of the matcher."""
 
     float32 = "float32"
@@ -49,7 +49,7 @@ class Precision(str, enum.Enum):
     float16 = "float16"
 
 
-class Estimator(str, enum.Enum):
+class Estimator(enum.StrEnum):
     """Robust estimators."""
 
     magsac = "magsac"
@@ -57,7 +57,7 @@ class Estimator(str, enum.Enum):
     project = "project"
 
 
-class Pixels(str, enum.Enum):
+class Pixels(enum.StrEnum):
     """Where pixels are counted."""
 
     original = "original"

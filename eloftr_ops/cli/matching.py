@@ -31,7 +31,7 @@ from eloftr_ops.matching import DEFAULT_RESIZE, DEFAULT_WEIGHTS, ImageMatches, m
 from eloftr_ops.visualization import PICTURE_SUFFIXES
 
 
-class Model(str, enum.Enum):
+class Model(enum.StrEnum):
     """Two-view model whose inliers are counted."""
 
     homography = "homography"

@@ -114,7 +114,7 @@ def homography_from_matches(
 
     Raises:
         ValueError: shapes that do not fit, NaN or infinite coordinates, negative or NaN weights, an unknown
-        kernel.
+            kernel.
         IndexError: a batch index out of range.
         TypeError: integer keypoints or weights, floating point batch indexes.
     """
