@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names in docstrings become links: Sphinx roles (:func:`x`) and names in back-ticks that the API pages explain."""
+"""What mkdocstrings needs to show this project's docstrings well.
+
+- Names in docstrings become links: Sphinx roles (:func:`x`), and names in back-ticks that the API pages explain.
+- Comments behind the fields of a tuple or a dataclass become their descriptions.
+"""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
@@ -21,11 +26,28 @@ class LinkNames(griffe.Extension):
 
     def _visit(self, item: griffe.Object) -> None:
         if item.docstring is not None:
+            if isinstance(item, griffe.Class):
+                item.docstring.value += _fields(item)
             for pattern in (ROLE, NAME):
                 item.docstring.value = pattern.sub(lambda found: _link(item, found), item.docstring.value)
         for member in item.members.values():
             if isinstance(member, griffe.Object):
                 self._visit(member)
+
+
+def _fields(item: griffe.Class) -> str:
+    """An "Attributes" section from the comments behind a class's fields; nothing if the docstring explains them."""
+    text = item.docstring.value
+    if "Attributes:" in text or "Args:" in text or not isinstance(item.filepath, Path):
+        return ""
+    lines = item.filepath.read_text().splitlines()
+    described = []
+    for name, member in item.members.items():
+        if isinstance(member, griffe.Attribute) and not name.startswith("_") and member.endlineno:
+            comment = lines[member.endlineno - 1].partition("  # ")[2]
+            if comment:
+                described.append(f"    {name}: {comment}")
+    return "\n".join(["", "", "Attributes:", *described]) if described else ""
 
 
 def _link(item: griffe.Object, found: re.Match[str]) -> str:
