@@ -1,44 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole matchers, ours and peers', behind one call; each held to the plain float32 model before it is timed."""
+"""Whole matchers, ours and peers', behind one call. One registry entry per contender.
+
+To add a matcher: write a function that loads it, and a :class:`MatcherEntry` in ``MATCHERS``. Nothing else has to be
+edited.
+"""
 
 from __future__ import annotations
 
 import copy
-import functools
-import importlib
 import importlib.util
+import math
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.cases import MATCHERS, MatcherSpec
-from benchmarks.measure import DTYPES, Disagreement, Run, Unavailable, count_operations, synchronise
-from benchmarks.operators import graphed
+from benchmarks.gates import agreement, hold_agreement, hold_features
+from benchmarks.kernels import graphed
+from benchmarks.measure import DTYPES, Context, Run, Unavailable, count_operations
+from benchmarks.stages import plain_model, stage_operations
 
 GATE_SIZE = (256, 320)  # multiples of 32: transformers takes no others
-# Relative error of the coarse features that a dtype may have; match by match only float32 is held.
-FEATURE_ERROR = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 0.15}
-LEAST_AGREEMENT = 0.99
-SAME_MATCH = 4.0  # pixels, half a coarse cell
 GATE = (
     "coarse features against the plain float32 model (transformers: the same weights) within the dtype's bound; "
     "float32 matches: 99 % the same within half a cell, both ways. kornia's LoFTR is another model: not held to ours"
 )
-_OWNERS = {
-    "eloftr_ops": ("kornia", "safetensors"),
-    "transformers": ("kornia", "transformers"),
-    "kornia": ("kornia",),
-}
+_LARGEST_COUNTED = 480 * 640
+_counted: dict[tuple[str, str, tuple[int, int]], float] = {}
 
 
 class Matcher(NamedTuple):
@@ -50,13 +41,37 @@ class Matcher(NamedTuple):
     model: Any
 
 
-class Context(NamedTuple):
-    """What all matchers of a run share."""
+class GateCase(NamedTuple):
+    """A matcher, and the small pair on which it is held to the plain model."""
 
-    device: torch.device
+    matcher: Matcher
+    plain: Any
+    pair: tuple[Tensor, Tensor]  # float32
     dtype: str
-    folder: Path  # of exported weights
-    quick: bool = False
+
+    @property
+    def own_pair(self) -> tuple[Tensor, Tensor]:
+        """The pair in the matcher's dtype."""
+        return self.pair[0].to(self.matcher.dtype), self.pair[1].to(self.matcher.dtype)
+
+
+class MatcherEntry(NamedTuple):
+    """A contender: whose, what it needs, how it is loaded and held, how its work is counted."""
+
+    owner: str
+    build: Callable[[MatcherEntry, Context], Matcher]
+    packages: tuple[str, ...]
+    gate: Callable[[GateCase], float | None] | None  # None: another model, not held to ours
+    operations: Callable[[str, tuple[int, int], Context], float | None]  # of one pair
+    suites: tuple[str, ...]
+    preset: str = "full"
+    dtype: str | None = None  # None: the run's
+    mode: str = "eager"  # eager, compile, reduce-overhead or graph
+    staged: bool = False  # its stages can be timed one by one
+
+    def dtype_in(self, context: Context) -> str:
+        """Name of the dtype in which it runs."""
+        return self.dtype or context.dtype
 
 
 def load(name: str, context: Context) -> Matcher:
@@ -65,14 +80,14 @@ def load(name: str, context: Context) -> Matcher:
     Raises:
         Unavailable: a package that is missing, a mode that needs a GPU.
     """
-    spec = MATCHERS[name]
-    for package in _OWNERS[spec.owner]:
+    entry = MATCHERS[name]
+    for package in entry.packages:
         if importlib.util.find_spec(package) is None:
             raise Unavailable(f"{package} is not installed")
-    if spec.mode in ("graph", "reduce-overhead") and context.device.type != "cuda":
+    if entry.mode in ("graph", "reduce-overhead") and context.device.type != "cuda":
         raise Unavailable("CUDA graphs need a GPU")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return {"eloftr_ops": _ours, "transformers": _transformers, "kornia": _kornia}[spec.owner](spec, context)
+    return entry.build(entry, context)
 
 
 def images(
@@ -95,27 +110,13 @@ def gate(
     Raises:
         Disagreement: says what differs and by how much.
     """
-    spec = MATCHERS[name]
-    if spec.owner == "kornia":
+    entry = MATCHERS[name]
+    if entry.gate is None:
         return None
     pair = images(min(size, GATE_SIZE), 1, context.device, alike=alike)
-    own_pair = [x.to(matcher.dtype) for x in pair]
-    dtype = spec.dtype or context.dtype
+    plain = plain_model(entry.preset, context.device)
     with torch.inference_mode():
-        plain = plain_model(spec.preset).to(context.device)
-        truth = coarse_map(plain, *pair)
-        if matcher.coarse is not None:
-            error = float((matcher.coarse(*own_pair).float() - truth).norm() / truth.norm())
-            if not error <= FEATURE_ERROR[dtype]:
-                bound = FEATURE_ERROR[dtype]
-                raise Disagreement(f"coarse features: relative error {error:.2g}, allowed {bound:.2g}")
-        if spec.owner != "eloftr_ops":
-            return None
-        matches = plain({"image0": pair[0], "image1": pair[1]})
-        shared = agreement(matcher.match(own_pair[0], own_pair[1]), matches)
-    if dtype == "fp32":
-        hold_agreement(shared)
-    return shared
+        return entry.gate(GateCase(matcher, plain, pair, entry.dtype_in(context)))
 
 
 def coarse_map(model: Any, image0: Tensor, image1: Tensor) -> Tensor:
@@ -124,120 +125,48 @@ def coarse_map(model: Any, image0: Tensor, image1: Tensor) -> Tensor:
     return model.transform(*model.extract_pair(pair))[0]  # type: ignore[no-any-return]
 
 
-def hold_agreement(shared: float) -> None:
-    """Raise Disagreement unless nearly all matches are shared."""
-    if not shared >= LEAST_AGREEMENT:
-        raise Disagreement(
-            f"matches: {shared:.1%} are shared with the plain way, expected {LEAST_AGREEMENT:.0%}"
-        )
+def _hold_to_plain_features(case: GateCase) -> None:
+    if case.matcher.coarse is not None:
+        truth = coarse_map(case.plain, *case.pair)
+        hold_features(case.matcher.coarse(*case.own_pair), truth, case.dtype)
 
 
-def agreement(got: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Share of matches that the other side has too, the lesser of both ways; 1 where neither has any.
-
-    Convention:
-        Matches are the same when they are of one pair and both keypoints lie within half a coarse cell.
-    """
-    if not len(got["confidence"]) or not len(truth["confidence"]):
-        return float(len(got["confidence"]) == len(truth["confidence"]))
-    same = got["batch_indexes"][:, None] == truth["batch_indexes"]
-    for key in ("keypoints0", "keypoints1"):
-        same &= torch.cdist(got[key].float(), truth[key].float(), p=torch.inf) <= SAME_MATCH
-    return float(min(same.any(0).float().mean(), same.any(1).float().mean()))
+def _hold_to_plain(case: GateCase) -> float:
+    """Features, and in float32 the matches too."""
+    _hold_to_plain_features(case)
+    matches = case.plain({"image0": case.pair[0], "image1": case.pair[1]})
+    shared = agreement(case.matcher.match(*case.own_pair), matches)
+    if case.dtype == "fp32":
+        hold_agreement(shared)
+    return shared
 
 
-@functools.cache
-def plain_model(preset: str) -> Any:
-    """Unfused, eager, float32: the embedded ``small``, or ``full`` with the seeded weights of the parity tests."""
-    from eloftr_ops import EfficientLoFTR
-
-    if preset == "small":
-        return EfficientLoFTR.from_pretrained("small")
-    tests = str(Path(__file__).parents[1] / "tests")
-    if tests not in sys.path:
-        sys.path.insert(0, tests)
-    return importlib.import_module("support.golden").golden_model()
+def _operations_by_stage(name: str, size: tuple[int, int], context: Context) -> float:
+    """Of all maps of our model, convolved by definition."""
+    return sum(stage_operations(MATCHERS[name].preset, size).values())
 
 
-@contextmanager
-def timed_stages(model: Any, device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds by stage of the calls inside: backbone, transformer, coarse matching, pyramid, and the whole."""
-    seconds: dict[str, float] = {}
-    depth: list[str] = []
-
-    def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            synchronise(device)
-            start = time.perf_counter()
-            depth.append(stage)
-            result = function(*args, **kwargs)
-            synchronise(device)
-            depth.pop()
-            elapsed = time.perf_counter() - start
-            seconds[stage] = seconds.get(stage, 0.0) + elapsed
-            if depth:  # a stage's own time is without those inside it
-                seconds[depth[-1]] = seconds.get(depth[-1], 0.0) - elapsed
-            return result
-
-        return call
-
-    from eloftr_ops.model import matcher as matcher_module
-
-    parts = {"backbone": (model.backbone, "forward"), "coarse matching": (matcher_module, "match_cells"),
-             "transformer": (model.transformer, "forward"), "pyramid": (model, "fine_features"),
-             "selection and windows": (model, "forward")}  # fmt: skip
-    replaced = [(owner, attribute, vars(owner).get(attribute)) for owner, attribute in parts.values()]
-    try:
-        for stage, (owner, attribute) in parts.items():
-            setattr(owner, attribute, timed(stage, getattr(owner, attribute)))
-        yield seconds
-    finally:
-        for owner, attribute, own in replaced:
-            delattr(owner, attribute) if own is None else setattr(owner, attribute, own)
+def _operations_of_a_run(name: str, size: tuple[int, int], context: Context) -> float | None:
+    """Counted while a peer matches; None for large images, which would take too long."""
+    if math.prod(size) > _LARGEST_COUNTED:
+        return None
+    key = (MATCHERS[name].owner, MATCHERS[name].preset, size)
+    if key not in _counted:
+        matcher = load(name, context._replace(dtype="fp32"))
+        pair = [x.to(matcher.dtype) for x in images(size, 1, context.device)]
+        _counted[key] = count_operations(lambda: matcher.match(*pair))
+    return _counted[key]
 
 
-@functools.cache
-def stage_operations(preset: str, size: tuple[int, int]) -> dict[str, float]:
-    """Operations by stage of one pair of (height, width), counted on tensors without data, all of every map.
-
-    Convolutions count as what they are by definition, also where Winograd's algorithm takes a quarter of it. The
-    windows, whose number the images decide, are left out: some thousandths of the whole.
-    """
-    from eloftr_kernels.dual_softmax import reference
-    from eloftr_ops.model.coarse import score_cells
-    from eloftr_ops.types import Features
-
-    model = plain_model(preset).optimize_for_inference()
-    padded = [-(-side // 32) * 32 for side in size]
-    operations: dict[str, float] = {}
-
-    def counted(stage: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        results: list[Any] = []
-        operations[stage] = count_operations(lambda: results.append(function(*arguments)))
-        return results[0]
-
-    # As if compiled: everything in one piece, and no branch on values, of which there are none.
-    as_compiled = patch.object(torch.compiler, "is_compiling", lambda: True)
-    one_block = patch.object(reference, "BLOCK_ELEMENTS", 1 << 62)
-    with as_compiled, one_block, FakeTensorMode(allow_non_fake_inputs=True):
-        features = Features(*counted("backbone", model.backbone, torch.empty(1, 1, *padded)), mask=None)
-        operations["backbone"] *= 2  # images
-        counted("transformer", model.transformer, features.coarse, features.coarse)
-        coarse = features.coarse.to(next(model.transformer.parameters()).dtype)
-        cells = counted("coarse matching", score_cells, coarse, coarse, None, None, model.config)
-        counted("pyramid", model.fine_features, features, features, cells)
-    return operations
-
-
-def _ours(spec: MatcherSpec, context: Context) -> Matcher:
-    dtype = DTYPES[spec.dtype or context.dtype]
-    plain = copy.deepcopy(plain_model(spec.preset)).to(context.device)
-    model = plain.optimize_for_inference(dtype=dtype, compile=spec.mode == "compile")
-    if spec.mode == "reduce-overhead":
+def _ours(entry: MatcherEntry, context: Context) -> Matcher:
+    dtype = DTYPES[entry.dtype_in(context)]
+    plain = copy.deepcopy(plain_model(entry.preset, context.device))
+    model = plain.optimize_for_inference(dtype=dtype, compile=entry.mode == "compile")
+    if entry.mode == "reduce-overhead":
         for owner, attribute in ((model.backbone, "forward"), (model, "transform"), (model, "fine_features")):
-            compiled = torch.compile(getattr(owner, attribute), mode=spec.mode, dynamic=False)
+            compiled = torch.compile(getattr(owner, attribute), mode=entry.mode, dynamic=False)
             setattr(owner, attribute, compiled)
-    elif spec.mode == "graph":
+    elif entry.mode == "graph":
         _graph_dense_part(model)
 
     def coarse(a: Tensor, b: Tensor) -> Tensor:
@@ -273,7 +202,7 @@ def _graph_dense_part(model: Any) -> None:
     wrap(model, "fine_features", lambda f0, f1, m: [m.coarse0, m.coarse1, *f0[:2], *f1[:2]])
 
 
-def _transformers(spec: MatcherSpec, context: Context) -> Matcher:
+def _transformers(entry: MatcherEntry, context: Context) -> Matcher:
     from transformers import EfficientLoFTRForKeypointMatching
     from transformers.utils import logging
 
@@ -281,7 +210,7 @@ def _transformers(spec: MatcherSpec, context: Context) -> Matcher:
     folder = context.folder / "transformers"
     if not folder.exists():
         plain_model("full").save_pretrained(folder, layout="transformers")
-    dtype = DTYPES[spec.dtype or context.dtype]
+    dtype = DTYPES[entry.dtype_in(context)]
     model: Any = EfficientLoFTRForKeypointMatching.from_pretrained(folder)
     model = model.eval().to(context.device, dtype)
 
@@ -298,13 +227,48 @@ def _transformers(spec: MatcherSpec, context: Context) -> Matcher:
     return Matcher(match, coarse, dtype, model)
 
 
-def _kornia(spec: MatcherSpec, context: Context) -> Matcher:
+def _kornia(entry: MatcherEntry, context: Context) -> Matcher:
     from kornia.feature import LoFTR
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LoFTR(pretrained=None).eval()
     model.coarse_matching.thr = 0.0  # random weights: about as many matches as trained ones give
-    dtype = DTYPES[spec.dtype or context.dtype]
+    dtype = DTYPES[entry.dtype_in(context)]
     model = model.to(context.device, dtype)
     return Matcher(lambda a, b: model({"image0": a, "image1": b}), None, dtype, model)
+
+
+_BOTH = ("matcher", "cpu")
+_OURS: dict[str, Any] = {
+    "owner": "eloftr_ops",
+    "build": _ours,
+    "packages": ("kornia", "safetensors"),
+    "gate": _hold_to_plain,
+    "operations": _operations_by_stage,
+}
+_GPU: dict[str, Any] = {**_OURS, "suites": ("matcher",)}
+_CPU: dict[str, Any] = {**_OURS, "suites": ("cpu",), "staged": True}
+# In the order of the rows.
+MATCHERS: dict[str, MatcherEntry] = {
+    "eloftr_ops full": MatcherEntry(**_GPU, staged=True),
+    "eloftr_ops full, torch.compile": MatcherEntry(**_GPU, mode="compile"),
+    "eloftr_ops full, reduce-overhead": MatcherEntry(**_GPU, mode="reduce-overhead"),
+    "eloftr_ops full, CUDA graph": MatcherEntry(**_GPU, mode="graph"),
+    "eloftr_ops small": MatcherEntry(**_GPU, preset="small", staged=True),
+    "eloftr_ops small, torch.compile": MatcherEntry(**_GPU, preset="small", mode="compile"),
+    "eloftr_ops small, CUDA graph": MatcherEntry(**_GPU, preset="small", mode="graph"),
+    "eloftr_ops full fp32": MatcherEntry(**_CPU, dtype="fp32"),
+    "eloftr_ops full bf16": MatcherEntry(**_CPU, dtype="bf16"),
+    "eloftr_ops small fp32": MatcherEntry(**_CPU, preset="small", dtype="fp32"),
+    "eloftr_ops small bf16": MatcherEntry(**_CPU, preset="small", dtype="bf16"),
+    "transformers": MatcherEntry(
+        "transformers",
+        _transformers,
+        ("kornia", "transformers"),
+        _hold_to_plain_features,
+        _operations_of_a_run,
+        _BOTH,
+    ),
+    "kornia LoFTR": MatcherEntry("kornia", _kornia, ("kornia",), None, _operations_of_a_run, _BOTH),
+}

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How things are measured: interleaved rounds, peak memory, and what the machine can do at most."""
+"""How a benchmark is measured: gate, warm up, interleaved rounds, peak memory; and what the machine can do at most."""
 
 from __future__ import annotations
 
+import gc
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from benchmarks.record import empty_row
 
 Run = Callable[[], Any]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -29,17 +34,49 @@ class Elapsed(float):
     """Seconds that a run took by its own clock; returned by runs that cannot be timed from outside."""
 
 
-class Contender(NamedTuple):
-    """One way of doing a case's work."""
+class Context(NamedTuple):
+    """What all benchmarks of a run share."""
+
+    device: torch.device
+    dtype: str
+    folder: Path  # of exported weights
+    quick: bool = False
+
+
+class Entry(NamedTuple):
+    """One way of doing a benchmark's work: a row of its table."""
 
     name: str
-    build: Callable[
-        [bool], Run
-    ]  # what is timed; True: held to the reference first. Unavailable, Disagreement
-    operations: float | None = None
+    # What is timed. True: held to the reference first. Raises Unavailable or Disagreement.
+    build: Callable[[bool], Run]
+    # Least work of a run; a function is asked after timing, and only if the entry was timed.
+    operations: float | Callable[[], float | None] | None = None
     bytes: float | None = None
     pairs: int = 1  # image pairs per run
     has_peak: bool = True  # its peak memory means something
+
+
+class Benchmark(NamedTuple):
+    """One case of the record, not yet measured."""
+
+    name: str
+    group: str
+    mode: str  # forward, forward+backward or whole
+    entries: Callable[[], list[Entry]]
+    baseline: str | None
+    gate: str  # what is held against what, in words
+    repeats: int
+    pixels: int | None = None
+    warm: bool = True
+    least_seconds: float = 0.0  # of a timed region
+    peak_of_call: bool = False  # peak memory on a CPU is that of a warm call, else that of the whole process
+    # What --profile prints of a row, given its name and the machine's limits; None: the operators that take longest.
+    profile: Callable[[str, dict[str, float | None]], list[str]] | None = None
+
+    @property
+    def key(self) -> str:
+        """Name and mode."""
+        return f"{self.name}, {self.mode}"
 
 
 class Timing(NamedTuple):
@@ -49,6 +86,64 @@ class Timing(NamedTuple):
     q1_s: float
     q3_s: float
     repeats: int
+
+
+def run_benchmark(
+    benchmark: Benchmark, suite: str, context: Context, deadline: float
+) -> tuple[dict[str, Any], dict[str, Run]]:
+    """Measure: a case of the record without limit fractions, and the runs that were timed."""
+    torch.compiler.reset()
+    entries = {entry.name: entry for entry in benchmark.entries()}
+    rows, runs = {}, {}
+    for name, entry in entries.items():
+        outcome = _prepare(benchmark, entry, context, deadline)
+        if callable(outcome):
+            runs[name], rows[name] = outcome, empty_row(name, "timed")
+        else:
+            rows[name] = empty_row(name, *outcome)
+    timings, results = rounds(runs, benchmark.repeats, context.device, benchmark.least_seconds)
+    for name, timing in timings.items():
+        rows[name] |= timing._asdict() | _counts(results.pop(name))
+    results.clear()
+    for name, entry in entries.items():
+        if name in runs and entry.has_peak and time.monotonic() < deadline:
+            rows[name]["peak_bytes"] = _peak(benchmark, name, runs[name], suite, context)
+        operations = entry.operations
+        if callable(operations):
+            operations = operations() if name in runs else None
+        rows[name] |= {"pairs": entry.pairs, "operations": operations, "bytes": entry.bytes}
+    fields = {key: getattr(benchmark, key) for key in ("name", "group", "baseline", "pixels", "gate")}
+    return {**fields, "measure": benchmark.mode, "rows": list(rows.values())}, runs
+
+
+def limit_fractions(case: dict[str, Any], limits: dict[str, float | None], dtype: str) -> None:
+    """Fill in how near each row comes to the least time that the measured limits of the machine allow."""
+    for row in case["rows"]:
+        floor = f"convolution_{'bf16' if 'bf16' in row['name'] else 'fp32'}_op_per_s"
+        rate = limits[floor] if dtype == "mixed" else limits["matmul_op_per_s"]
+        copy = limits["copy_bytes_per_s"]
+        if row["median_s"] and row["operations"] and rate:
+            least = row["operations"] / rate
+            if row["bytes"] and copy:
+                least = max(least, row["bytes"] / copy)
+            row["limit_fraction"] = least / row["median_s"]
+
+
+def peak_of_one_run(benchmark: Benchmark, name: str) -> float | None:
+    """Bytes of this process, which does nothing else: an op's beyond its inputs, a matcher's beyond torch."""
+    base = process_memory("VmRSS")
+    entry = next(entry for entry in benchmark.entries() if entry.name == name)
+    run = entry.build(False)
+    if benchmark.peak_of_call:
+        run()  # what the first call sets up stays out, and so does what compilation takes
+        gc.collect()
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+        except OSError:
+            return None
+        base = process_memory("VmRSS")
+    run()
+    return process_memory("VmHWM") - base
 
 
 def synchronise(device: torch.device) -> None:
@@ -138,6 +233,48 @@ def first_line(error: BaseException) -> str:
     """An exception as a phrase of one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _prepare(benchmark: Benchmark, entry: Entry, context: Context, deadline: float) -> Run | tuple[str, str]:
+    """The run, gated and warm, or the status and the reason of a row without times."""
+    if time.monotonic() > deadline:
+        return "not run", "the time that the run may take was spent"
+    if context.quick and "torch.compile" in entry.name:
+        return "not run", "--quick leaves compilation out"
+    try:
+        run = entry.build(True)
+        if benchmark.warm:
+            run()
+            synchronise(context.device)
+    except Unavailable as reason:
+        return "not run", str(reason)
+    except Disagreement as verdict:
+        return "refused", str(verdict)
+    except torch.OutOfMemoryError as error:
+        return "failed", f"out of memory: {first_line(error)}"
+    except Exception as error:
+        # A peer or a compiler may raise anything. The row says what, and the run exits with 1.
+        return "failed", first_line(error)
+    return run
+
+
+def _counts(result: Any) -> dict[str, Any]:
+    if isinstance(result, dict) and "matches" in result:
+        return {key: result[key] for key in ("matches", "agreement")}
+    return {"matches": result} if isinstance(result, int) else {}
+
+
+def _peak(benchmark: Benchmark, name: str, run: Run, suite: str, context: Context) -> float | None:
+    if context.device.type == "cuda":
+        # A graph's memory is its own pool.
+        return None if "graph" in name else peak_above(run, context.device)
+    if context.quick:
+        return None
+    command = [sys.executable, "-m", "benchmarks.run", suite, "--device", "cpu", "--dtype", context.dtype,
+               "--peak-of", benchmark.key, name, "--folder", str(context.folder)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    text = done.stdout.split()[-1] if done.returncode == 0 else "none"
+    return None if text == "none" else float(text)
 
 
 def _timed(run: Run, calls: int, device: torch.device) -> tuple[float, Any]:

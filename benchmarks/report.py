@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.plots import draw_lines, draw_speeds
 
 DOCS = Path(__file__).parents[1] / "docs"
 _INTRODUCTION = """\
@@ -152,6 +151,8 @@ def row_time(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} µs"
 
 
+_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974")
+_MARKERS = "os^Dv<>P*"
 _LIMITS = {
     "copy_bytes_per_s": ("copy", "GB/s"),
     "matmul_op_per_s": ("matrix product", "GFLOP/s"),
@@ -172,7 +173,7 @@ def _plots(made: dict[str, Any], stem: str, images: Path) -> Iterator[tuple[str,
         if speeds_by_case:
             name = f"benchmarks-{stem}-{measure.replace('+', '-')}.png"
             title = f"{measure}: speed against the eager reference (right is faster)"
-            draw_speeds(speeds_by_case, title, images / name)
+            _draw_speeds(speeds_by_case, title, images / name)
             yield title, name
     pairs = [
         case for case in cases if case["group"] == "pair" and all(row["pairs"] == 1 for row in case["rows"])
@@ -186,7 +187,7 @@ def _plots(made: dict[str, Any], stem: str, images: Path) -> Iterator[tuple[str,
         series = {n: [(x, y / scale) for x, y in points] for n, points in _series(chosen, field).items()}
         if any(len(points) > 1 for points in series.values()):
             name = f"benchmarks-{stem}-{title.lower().replace(' ', '-')}.png"
-            draw_lines(series, title, "pixels per image", label, images / name)
+            _draw_lines(series, title, "pixels per image", label, images / name)
             yield title, name
 
 
@@ -236,6 +237,52 @@ def _bytes(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
+
+
+def _draw_speeds(cases: Mapping[str, Mapping[str, float]], title: str, path: Path) -> None:
+    """One line per case, one kind of dot per contender, on a logarithmic axis; left of 1 loses."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    names = list(dict.fromkeys(name for values in cases.values() for name in values))
+    figure = Figure(figsize=(9, 2.0 + 0.24 * len(cases)), layout="constrained")
+    axes = figure.subplots()
+    for index, name in enumerate(names):
+        points = [(values[name], line) for line, values in enumerate(cases.values()) if name in values]
+        x, y = zip(*points, strict=True)
+        marker = _MARKERS[index % len(_MARKERS)]
+        axes.scatter(x, y, label=name, color=_COLOURS[index % len(_COLOURS)], marker=marker, s=28, zorder=3)
+    axes.set_yticks(range(len(cases)), list(cases), fontsize=7)
+    axes.set_ylim(len(cases) - 0.5, -0.5)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=10)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_lines(
+    series: Mapping[str, Sequence[tuple[float, float]]], title: str, x_label: str, y_label: str, path: Path
+) -> None:
+    """Lines with markers on two logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, points) in enumerate(series.items()):
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, marker="o", label=name, color=_COLOURS[index % len(_COLOURS)])
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(which="both", alpha=0.3)
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

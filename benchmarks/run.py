@@ -10,22 +10,36 @@ reached say so. ``kernels`` needs torch, triton and this repository alone; witho
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import engine, record, workloads
-from benchmarks.cases import MATCHERS, KernelCase, PairCase
-from benchmarks.engine import Task
-from benchmarks.matchers import Context, stage_operations
-from benchmarks.measure import DTYPES, Run, machine_limits
-from benchmarks.report import case_table, row_time, slope_table
+from benchmarks import kernels, pairs, record
+from benchmarks.measure import (
+    DTYPES,
+    Benchmark,
+    Context,
+    Run,
+    limit_fractions,
+    machine_limits,
+    peak_of_one_run,
+    run_benchmark,
+)
+from benchmarks.ops import OPS
+from benchmarks.report import case_table, slope_table
 
+SUITES: dict[str, Callable[[Context], list[Benchmark]]] = {
+    "kernels": kernels.benchmarks,
+    "matcher": functools.partial(pairs.benchmarks, "matcher"),
+    "cpu": functools.partial(pairs.benchmarks, "cpu"),
+}
 MINUTES = {"cuda": 9.0, "cpu": 14.5}  # per command
 
 
@@ -38,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     deadline = time.monotonic() + 60 * (options.minutes or MINUTES[device.type])
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _interpreter(options):
         context = Context(device, dtype, Path(options.folder or scratch), options.quick)
         if options.peak_of:
             return _print_peak(options.suites[0], options.peak_of, context)
@@ -51,23 +65,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bad > 0)
 
 
+@contextlib.contextmanager
+def _interpreter(options: argparse.Namespace) -> Iterator[None]:
+    """Triton's interpreter for the quick gate of the kernels on a CPU; it is chosen when they are imported."""
+    wanted = options.quick and options.device == "cpu" and options.suites == ["kernels"]
+    before = os.environ.get("TRITON_INTERPRET")
+    if wanted:
+        os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        yield
+    finally:
+        if wanted:
+            os.environ.pop("TRITON_INTERPRET") if before is None else os.environ.update(
+                TRITON_INTERPRET=before
+            )
+
+
+def _chosen(suite: str, context: Context, options: argparse.Namespace) -> list[Benchmark]:
+    """The benchmarks of a suite that ``--only`` and ``--op`` leave."""
+    return [
+        benchmark
+        for benchmark in SUITES[suite](context)
+        if (not options.only or options.only in benchmark.key)
+        and (not options.op or options.op == benchmark.group)
+    ]
+
+
 def _run_suite(suite: str, context: Context, deadline: float, options: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     made = _empty_record(suite, context)
     print(f"# {suite} on {made['device']['name']}, {made['dtype']}, {made['environment']['threads']} threads")
-    if suite != "cpu":
+    if suite in ("kernels", "matcher"):
         made["limits"] |= machine_limits(context.device, DTYPES[context.dtype], quick=context.quick)
-    for task in engine.suite_tasks(suite, context):
-        if options.only and options.only not in task.key:
-            continue
-        case, runs = engine.run_task(task, suite, context, deadline)
+    for benchmark in _chosen(suite, context, options):
+        case, runs = run_benchmark(benchmark, suite, context, deadline)
         _keep_floor(case, made["limits"])
-        engine.limit_fractions(case, made["limits"], made["dtype"])
+        limit_fractions(case, made["limits"], made["dtype"])
         made["cases"].append(case)
         made["seconds"] = time.monotonic() - start
         print("\n".join(["", *case_table(case)]), flush=True)
         if options.profile:
-            _print_profile(task, runs, context, made["limits"])
+            _print_profile(benchmark, runs, context, made["limits"])
         if options.json:  # after every case: what is measured stays measured if the run is cut off
             path = record.write(made, options.output)
     print("\n".join(["", *slope_table(made["cases"])]))
@@ -94,48 +132,29 @@ def _empty_record(suite: str, context: Context) -> dict[str, Any]:
 def _keep_floor(case: dict[str, Any], limits: dict[str, float | None]) -> None:
     """The convolution rates of the first case that measured them are the run's."""
     for row in case["rows"]:
-        if row["name"].startswith(workloads.FLOOR) and row["median_s"]:
+        if row["name"].startswith(pairs.FLOOR) and row["median_s"]:
             key = f"convolution_{row['name'].split()[-1]}_op_per_s"
             limits[key] = limits[key] or row["operations"] / row["median_s"]
 
 
 def _print_profile(
-    task: Task, runs: dict[str, Run], context: Context, limits: dict[str, float | None]
+    benchmark: Benchmark, runs: dict[str, Run], context: Context, limits: dict[str, float | None]
 ) -> None:
     """Seconds by stage for our matchers, otherwise the operators that take longest."""
     for name, run in runs.items():
-        spec = MATCHERS.get(name)
-        if spec is not None and isinstance(task.case, PairCase) and task.group in ("pair", "alike"):
-            if spec.owner == "eloftr_ops" and spec.mode == "eager":
-                _print_stages(task.case, name, context, limits)
-        elif isinstance(task.case, KernelCase) or task.group == "training":
-            with torch.profiler.profile() as profile:
-                run()
-            kind = "self_cuda_time_total" if context.device.type == "cuda" else "self_cpu_time_total"
-            print(f"\n{task.key}: {name}\n{profile.key_averages().table(sort_by=kind, row_limit=10)}")
-
-
-def _print_stages(case: PairCase, name: str, context: Context, limits: dict[str, float | None]) -> None:
-    """Where the time of a pair goes, and how much of it the arithmetic would take at the machine's own rate."""
-    spec = MATCHERS[name]
-    seconds = workloads.stage_seconds(case, name, context)
-    operations = stage_operations(spec.preset, case.size)
-    print(f"\n{name}, by stage:")
-    for stage, taken in seconds.items():
-        line = f"  {stage:22} {row_time(taken):>8} {taken / sum(seconds.values()):5.0%}"
-        # The transformer and the scores stay in float32, see InferenceMatcher.
-        dtype = "fp32" if stage in ("transformer", "coarse matching") else spec.dtype or context.dtype
-        rate = limits.get(f"convolution_{dtype}_op_per_s")
-        arithmetic = (
-            f", arithmetic alone {row_time(operations[stage] / rate)}" if rate and stage in operations else ""
-        )
-        print(line + arithmetic)
+        if benchmark.profile is not None:
+            print("\n".join(benchmark.profile(name, limits)))
+            continue
+        with torch.profiler.profile() as profile:
+            run()
+        kind = "self_cuda_time_total" if context.device.type == "cuda" else "self_cpu_time_total"
+        print(f"\n{benchmark.key}: {name}\n{profile.key_averages().table(sort_by=kind, row_limit=10)}")
 
 
 def _print_peak(suite: str, peak_of: list[str], context: Context) -> int:
     key, name = peak_of
-    task = next(t for t in engine.suite_tasks(suite, context) if t.key == key)
-    peak = engine.peak_of_one_run(task, name)
+    benchmark = next(made for made in SUITES[suite](context) if made.key == key)
+    peak = peak_of_one_run(benchmark, name)
     print("none" if peak is None else peak)
     return 0
 
@@ -155,7 +174,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=record.RESULTS, help="folder for --json")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: measures nothing")
     parser.add_argument("--profile", action="store_true", help="print where each contender's time goes")
-    parser.add_argument("--only", help="cases whose name contains this")
+    parser.add_argument("--only", help="cases whose name contains this; an error if there is none")
+    parser.add_argument("--op", choices=tuple(OPS), help="suite kernels: the cases of one op")
+    parser.add_argument(
+        "--contender",
+        metavar="NAME=MODULE:FUNCTION",
+        help="suite kernels: time this function beside ours; it takes the arguments of --op by name",
+    )
     parser.add_argument("--minutes", type=float, help=f"stop measuring after so long; default {MINUTES}")
     parser.add_argument("--threads", type=int, help="default: torch's choice")
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
@@ -163,6 +188,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if "cpu" in options.suites and options.device != "cpu":
         parser.error("the suite cpu runs on the CPU: add --device cpu")
+    if (options.op or options.contender) and options.suites != ["kernels"]:
+        parser.error("--op and --contender: expected the suite kernels alone")
+    if options.contender and not options.op:
+        parser.error(f"--contender: expected --op too, one of {', '.join(OPS)}")
+    if options.contender:
+        try:
+            kernels.add_entry(options.contender, options.op)
+        except ValueError as error:
+            parser.error(str(error))
+    context = Context(torch.device(options.device), options.dtype or "fp32", Path(), options.quick)
+    for suite in options.suites:
+        if not options.peak_of and not _chosen(suite, context, options):
+            names = "\n  ".join(benchmark.key for benchmark in SUITES[suite](context))
+            parser.error(
+                f"--only {options.only!r}: expected part of a case's name, got none. Cases of {suite}:\n  {names}"
+            )
     return options
 
 

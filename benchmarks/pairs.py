@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suites ``matcher`` and ``cpu``: what the matchers are asked to do, by the kind of a :class:`PairCase`."""
+"""Suites ``matcher`` and ``cpu``: what whole matchers are asked to do, by the kind of a :class:`PairCase`."""
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import itertools
 import math
@@ -16,61 +17,101 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import matchers
-from benchmarks.cases import MATCHERS, PairCase
-from benchmarks.matchers import Context, Matcher
+from benchmarks import cases, matchers
+from benchmarks.cases import PairCase
+from benchmarks.gates import agreement, hold_agreement
+from benchmarks.matchers import MATCHERS, Matcher
 from benchmarks.measure import (
     DTYPES,
-    Contender,
+    Benchmark,
+    Context,
     Disagreement,
     Elapsed,
+    Entry,
     Run,
     convolution,
-    count_operations,
 )
+from benchmarks.report import row_time
+from benchmarks.stages import STAGES, plain_model, stage_operations, timed_stages
 
-STAGES = ("backbone", "transformer", "coarse matching", "pyramid", "selection and windows")
 FLOOR = "3x3 convolution"  # of the shape of most of the work: what the machine can do at most
 CONVOLUTION_ERROR = 1e-5  # of the norm
-_LARGEST_COUNTED = 480 * 640
-_counted: dict[tuple[str, str, tuple[int, int]], float] = {}
 _IMPORT = "import time, torch, kornia; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
 
 
-def contenders(case: PairCase, context: Context) -> list[Contender]:
-    """Everybody who does ``case``, the baseline first."""
-    return _KINDS[case.kind](case, context)
+def benchmarks(suite: str, context: Context) -> list[Benchmark]:
+    """Every case of ``suite``, "matcher" or "cpu", that is measured on this kind of device."""
+    tables = {
+        "matcher": (cases.MATCHER, cases.QUICK_MATCHER),
+        "cpu": (cases.CPU, cases.QUICK_CPU),
+    }
+    everybody = tuple(name for name, entry in MATCHERS.items() if suite in entry.suites)
+    return [
+        _benchmark(case._replace(entries=case.entries or everybody), context)
+        for case in tables[suite][context.quick]
+        if case.batch < 16 or context.device.type == "cuda"
+    ]
 
 
-def counted_operations(case: PairCase, name: str, context: Context) -> float | None:
-    """Operations of one pair: of all maps for our models, of a run of the small sizes for peers."""
-    spec = MATCHERS[name]
-    if case.kind not in ("pair", "curve"):
-        return None
-    if spec.owner == "eloftr_ops":
-        return sum(matchers.stage_operations(spec.preset, case.size).values())
-    if math.prod(case.size) > _LARGEST_COUNTED:
-        return None
-    key = (spec.owner, spec.preset, case.size)
-    if key not in _counted:
-        matcher = matchers.load(name, context._replace(dtype="fp32"))
-        pair = [x.to(matcher.dtype) for x in matchers.images(case.size, 1, context.device)]
-        _counted[key] = count_operations(lambda: matcher.match(*pair))
-    return _counted[key]
+def _benchmark(case: PairCase, context: Context) -> Benchmark:
+    first = case.entries[0]
+    baselines = {
+        "pair": "transformers",
+        "many": f"{first}, six calls",
+        "batch": f"{first}, one by one",
+        "convolution": "direct",
+    }
+    gates = {
+        "many": "the same matches as by six calls",
+        "batch": "the same matches as one by one",
+        "convolution": f"within {CONVOLUTION_ERROR} of the direct convolution's norm",
+    }
+    held = case.kind in ("pair", "curve")
+    return Benchmark(
+        case.name,
+        "alike" if case.alike else case.kind,
+        "forward+backward" if case.kind == "training" else "whole",
+        lambda: _KINDS[case.kind](case, context),
+        baselines.get(case.kind),
+        matchers.GATE if held else gates.get(case.kind, "none: nothing to compare"),
+        case.repeats,
+        pixels=math.prod(case.size) or None,
+        warm=case.warm,
+        profile=None if case.kind == "training" else functools.partial(_stage_lines, case, context),
+    )
 
 
-def stage_seconds(case: PairCase, name: str, context: Context) -> dict[str, float]:
+def _stage_lines(case: PairCase, context: Context, name: str, limits: dict[str, float | None]) -> list[str]:
+    """Where the time of a pair goes, and how much of it the arithmetic would take at the machine's own rate."""
+    entry = MATCHERS.get(name)
+    if case.kind != "pair" or entry is None or not entry.staged:
+        return []
+    seconds = _stage_seconds(case, name, context)
+    operations = stage_operations(entry.preset, case.size)
+    lines = ["", f"{name}, by stage:"]
+    for stage, taken in seconds.items():
+        line = f"  {stage:22} {row_time(taken):>8} {taken / sum(seconds.values()):5.0%}"
+        # The transformer and the scores stay in float32, see InferenceMatcher.
+        dtype = "fp32" if stage in ("transformer", "coarse matching") else entry.dtype_in(context)
+        rate = limits.get(f"convolution_{dtype}_op_per_s")
+        if rate and stage in operations:
+            line += f", arithmetic alone {row_time(operations[stage] / rate)}"
+        lines.append(line)
+    return lines
+
+
+def _stage_seconds(case: PairCase, name: str, context: Context) -> dict[str, float]:
     """Seconds by stage of one pair, after one untimed run."""
     matcher = matchers.load(name, context)
     pair = [x.to(matcher.dtype) for x in matchers.images(case.size, 1, context.device, alike=case.alike)]
     with torch.inference_mode():
         matcher.match(*pair)
-        with matchers.timed_stages(matcher.model, context.device) as seconds:
+        with timed_stages(matcher.model, context.device) as seconds:
             matcher.match(*pair)
     return {stage: seconds[stage] for stage in STAGES}
 
 
-def _pair(case: PairCase, context: Context) -> list[Contender]:
+def _pair(case: PairCase, context: Context) -> list[Entry]:
     def build(name: str, gated: bool) -> Run:
         matcher = matchers.load(name, context)
         shared = matchers.gate(name, matcher, case.size, context, alike=case.alike) if gated else None
@@ -78,18 +119,25 @@ def _pair(case: PairCase, context: Context) -> list[Contender]:
         pair = [x.to(matcher.dtype) for x in given]
         return _counting(lambda: matcher.match(*pair), shared)
 
-    made = [_contender(name, build, case.batch) for name in case.contenders]
+    def operations(name: str) -> float | None:
+        counted = MATCHERS[name].operations(name, case.size, context)
+        return None if counted is None else counted * case.batch
+
+    made = [
+        _entry(name, build, case.batch)._replace(operations=functools.partial(operations, name))
+        for name in case.entries
+    ]
     if context.device.type == "cpu" and case.batch == 1:
         made += [_floor(name, context) for name in ("fp32", "bf16")]
     return made
 
 
-def _floor(dtype: str, context: Context) -> Contender:
+def _floor(dtype: str, context: Context) -> Entry:
     run, operations = convolution(DTYPES[dtype], quick=context.quick)
-    return Contender(f"{FLOOR} {dtype}", lambda gated: torch.no_grad()(run), operations, has_peak=False)
+    return Entry(f"{FLOOR} {dtype}", lambda gated: torch.no_grad()(run), operations, has_peak=False)
 
 
-def _many(case: PairCase, context: Context) -> list[Contender]:
+def _many(case: PairCase, context: Context) -> list[Entry]:
     """Four images, all six pairs: every image's features once, or pair by pair."""
     pairs = list(itertools.combinations(range(4), 2))
 
@@ -113,7 +161,7 @@ def _many(case: PairCase, context: Context) -> list[Contender]:
     return _two_ways(case, context, ("six calls", calls), ("features kept", features), len(pairs))
 
 
-def _batch(case: PairCase, context: Context) -> list[Contender]:
+def _batch(case: PairCase, context: Context) -> list[Entry]:
     """The same pairs in one batch, or one by one."""
 
     def together(matcher: Matcher) -> Run:
@@ -133,9 +181,9 @@ def _two_ways(
     first: tuple[str, Callable[[Matcher], Run]],
     second: tuple[str, Callable[[Matcher], Run]],
     pairs: int,
-) -> list[Contender]:
+) -> list[Entry]:
     """Two ways of the same work; the second is held to the matches that the first gives."""
-    name = case.contenders[0]
+    name = case.entries[0]
 
     def build(way: str, gated: bool) -> Run:
         matcher = matchers.load(name, context)
@@ -143,16 +191,16 @@ def _two_ways(
         if gated and way == second[0]:
             with torch.inference_mode():
                 expected, got = _joined(first[1](matcher)(), pairs), _joined(run(), pairs)
-            matchers.hold_agreement(matchers.agreement(got, expected))
+            hold_agreement(agreement(got, expected))
         return _counting(lambda: _joined(run(), pairs), None)
 
-    made = (_contender(way, build, pairs, f"{name}, {way}") for way, _ in (first, second))
-    return [contender._replace(has_peak=False) for contender in made]
+    made = (_entry(way, build, pairs, f"{name}, {way}") for way, _ in (first, second))
+    return [entry._replace(has_peak=False) for entry in made]
 
 
-def _curve(case: PairCase, context: Context) -> list[Contender]:
+def _curve(case: PairCase, context: Context) -> list[Entry]:
     """The whole, then its stages: the first row runs the model, the others report what it took within."""
-    name, latest = case.contenders[0], dict[str, float]()
+    name, latest = case.entries[0], dict[str, float]()
 
     def build(name: str, gated: bool) -> Run:
         matcher = matchers.load(name, context)
@@ -161,7 +209,7 @@ def _curve(case: PairCase, context: Context) -> list[Contender]:
         pair = [x.to(matcher.dtype) for x in matchers.images(case.size, 1, context.device)]
 
         def run() -> int:
-            with torch.inference_mode(), matchers.timed_stages(matcher.model, context.device) as seconds:
+            with torch.inference_mode(), timed_stages(matcher.model, context.device) as seconds:
                 found = matcher.match(*pair)
             latest.clear()
             latest.update(seconds)
@@ -169,20 +217,21 @@ def _curve(case: PairCase, context: Context) -> list[Contender]:
 
         return run
 
-    operations = matchers.stage_operations(MATCHERS[name].preset, case.size)
+    operations = stage_operations(MATCHERS[name].preset, case.size)
 
-    def report(stage: str) -> Contender:
-        return Contender(
+    def row(stage: str) -> Entry:
+        return Entry(
             f"{name}: {stage}",
             lambda gated: lambda: Elapsed(latest.get(stage, 0.0)),
             operations.get(stage),
             has_peak=False,
         )
 
-    return [_contender(name, build)._replace(has_peak=False), *(report(stage) for stage in STAGES)]
+    whole = _entry(name, build)._replace(has_peak=False, operations=sum(operations.values()))
+    return [whole, *(row(stage) for stage in STAGES)]
 
 
-def _convolution(case: PairCase, context: Context) -> list[Contender]:
+def _convolution(case: PairCase, context: Context) -> list[Entry]:
     """A 3x3 convolution as it is defined, and by Winograd's algorithm, held to it."""
     generator = torch.Generator().manual_seed(0)
     conv = torch.nn.Conv2d(case.channels, case.channels, 3, padding=1).requires_grad_(False)
@@ -206,12 +255,10 @@ def _convolution(case: PairCase, context: Context) -> list[Contender]:
 
         return run
 
-    return [
-        _contender(name, torch.no_grad()(build))._replace(has_peak=False) for name in ("direct", "Winograd")
-    ]
+    return [_entry(name, torch.no_grad()(build))._replace(has_peak=False) for name in ("direct", "Winograd")]
 
 
-def _training(case: PairCase, context: Context) -> list[Contender]:
+def _training(case: PairCase, context: Context) -> list[Entry]:
     """Forward, losses and backward of one batch; rendering and the optimiser are not counted."""
 
     def build(name: str, gated: bool) -> Run:
@@ -223,7 +270,7 @@ def _training(case: PairCase, context: Context) -> list[Contender]:
 
         if context.device.type == "cpu" and not context.quick:
             keep_all_memory()  # as the command line's training does
-        model = EfficientLoFTR(matchers.plain_model("small").config).to(context.device).train()
+        model = EfficientLoFTR(plain_model("small").config).to(context.device).train()
         image0, image1 = matchers.images(case.size, case.batch, context.device)
         valid = torch.ones_like(image0, dtype=torch.bool)
         identity = torch.eye(3, device=context.device).repeat(case.batch, 1, 1)
@@ -237,10 +284,10 @@ def _training(case: PairCase, context: Context) -> list[Contender]:
 
         return run
 
-    return [_contender(f"eloftr_ops small {dtype}", build, case.batch) for dtype in ("fp32", "bf16")]
+    return [_entry(f"eloftr_ops small {dtype}", build, case.batch) for dtype in ("fp32", "bf16")]
 
 
-def _import(case: PairCase, context: Context) -> list[Contender]:
+def _import(case: PairCase, context: Context) -> list[Entry]:
     def build(name: str, gated: bool) -> Run:
         def run() -> Elapsed:
             command = [sys.executable, "-c", _IMPORT.format(name)]
@@ -248,10 +295,10 @@ def _import(case: PairCase, context: Context) -> list[Contender]:
 
         return run
 
-    return [_contender("import eloftr_ops", build)._replace(has_peak=False)]
+    return [_entry("import eloftr_ops", build)._replace(has_peak=False)]
 
 
-def _command(case: PairCase, context: Context) -> list[Contender]:
+def _command(case: PairCase, context: Context) -> list[Entry]:
     """The bundled pair by the command line, beside the bare imports that any user of torch and kornia pays."""
     arguments: dict[str, Callable[[Path], list[str]]] = {
         "import torch, kornia": lambda folder: ["-c", "import torch, kornia"],
@@ -281,13 +328,11 @@ def _command(case: PairCase, context: Context) -> list[Contender]:
 
         return run
 
-    return [_contender(name, build)._replace(has_peak=False) for name in arguments]
+    return [_entry(name, build)._replace(has_peak=False) for name in arguments]
 
 
-def _contender(
-    key: str, build: Callable[[str, bool], Run], pairs: int = 1, name: str | None = None
-) -> Contender:
-    return Contender(name or key, lambda gated: build(key, gated), pairs=pairs)
+def _entry(key: str, build: Callable[[str, bool], Run], pairs: int = 1, name: str | None = None) -> Entry:
+    return Entry(name or key, lambda gated: build(key, gated), pairs=pairs)
 
 
 def _counting(match: Callable[[], dict[str, Tensor]], shared: float | None) -> Run:
@@ -307,7 +352,7 @@ def _joined(parts: list[dict[str, Tensor]], pairs: int) -> dict[str, Tensor]:
     return {**joined, "batch_indexes": torch.cat(owners)}
 
 
-_KINDS: dict[str, Callable[[PairCase, Context], list[Contender]]] = {
+_KINDS: dict[str, Callable[[PairCase, Context], list[Entry]]] = {
     "pair": _pair,
     "many": _many,
     "batch": _batch,
