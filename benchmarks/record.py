@@ -17,7 +17,7 @@ import torch
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
-SUITES = ("kernels", "matcher", "cpu")
+SUITES = ("kernels", "launch", "matcher", "cpu")
 STATUSES = ("timed", "not run", "refused", "failed")
 PACKAGES = ("torch", "triton", "kornia", "transformers", "numpy")
 _NUMBER = (int, float)

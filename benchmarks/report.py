@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import record
 
+HOST = "host"  # the mode of the suite launch: a row is told in units of the baseline
 DOCS = Path(__file__).parents[1] / "docs"
 _INTRODUCTION = """\
 # Benchmarks
@@ -27,7 +28,12 @@ maps, convolved by definition, also where Winograd's algorithm takes a quarter o
 a part of the finest map and it is left out. Peak memory on a GPU is what a run allocates beyond what it was given; on a
 CPU it is that of a process of its own, for an op beyond its inputs, for a matcher beyond torch.
 """
-_TITLES = {"kernels": "Kernels", "matcher": "Whole matcher", "cpu": "On the CPU"}
+_TITLES = {
+    "kernels": "Kernels",
+    "launch": "Host time of a call",
+    "matcher": "Whole matcher",
+    "cpu": "On the CPU",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,7 +107,7 @@ def case_table(case: dict[str, Any]) -> list[str]:
         "pairs/s": lambda row: (
             f"{row['pairs'] / row['median_s']:.3g}" if row["median_s"] and row["pairs"] > 1 else ""
         ),
-        f"speed against {case['baseline']}": lambda row: _speed(row, base),
+        _against(case): lambda row: _units(row, base) if case["measure"] == HOST else _speed(row, base),
         "peak memory": lambda row: _bytes(row["peak_bytes"]),
         "of the limit": lambda row: _share(row["limit_fraction"]),
         "matches": lambda row: "" if row["matches"] is None else str(row["matches"]),
@@ -214,6 +220,17 @@ def _speed(row: dict[str, Any], base: dict[str, Any] | None) -> str:
     if base is None or not base["median_s"] or not row["median_s"] or _is_floor(row):
         return ""
     return f"{base['median_s'] / row['median_s']:.2f}x"
+
+
+def _against(case: dict[str, Any]) -> str:
+    baseline = case["baseline"]
+    return f"in units of {baseline}" if case["measure"] == HOST else f"speed against {baseline}"
+
+
+def _units(row: dict[str, Any], base: dict[str, Any] | None) -> str:
+    if base is None or not base["median_s"] or row["median_s"] is None:
+        return ""
+    return f"{row['median_s'] / base['median_s']:.1f}"
 
 
 def _is_floor(row: dict[str, Any]) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Take measurements: ``python -m benchmarks.run kernels|matcher|cpu ...``; several suites may be named.
+"""Take measurements: ``python -m benchmarks.run kernels|launch|matcher|cpu ...``; several suites may be named.
 
 Every contender is held to a reference before it is timed; one that disagrees is not timed, its row says what
 disagreed, and the exit status is 1. Rounds are interleaved. A run ends when its minutes are spent: rows that were not
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernels, pairs, record
+from benchmarks import kernels, launch, pairs, record
 from benchmarks.measure import (
     DTYPES,
     Benchmark,
@@ -37,6 +37,7 @@ from benchmarks.report import case_table, slope_table
 
 SUITES: dict[str, Callable[[Context], list[Benchmark]]] = {
     "kernels": kernels.benchmarks,
+    "launch": launch.benchmarks,
     "matcher": functools.partial(pairs.benchmarks, "matcher"),
     "cpu": functools.partial(pairs.benchmarks, "cpu"),
 }
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; 1 if anything was refused or failed."""
     options = _parse(arguments)
     device = torch.device(options.device)
-    dtype = options.dtype or ("fp32" if device.type == "cpu" else "fp16")
+    dtype = options.dtype or ("fp32" if device.type == "cpu" and options.suites != ["launch"] else "fp16")
     if options.threads:
         torch.set_num_threads(options.threads)
     deadline = time.monotonic() + 60 * (options.minutes or MINUTES[device.type])
