@@ -103,7 +103,7 @@ def minimise(chart: ChartT, objective: RobustCost, steps: int, least_gap: Tensor
     """
     constant = objective.detached()
     with torch.no_grad():
-        chart = _levenberg_marquardt(chart, constant, steps)
+        chart = levenberg_marquardt(chart, constant, steps)
         if objective.kernel is not None:
             chart = _polished(chart, constant)
         zero = chart.tangent.new_zeros(chart.tangent.shape[0], chart.tangent.shape[2])
@@ -164,7 +164,7 @@ def _carries_gradient(objective: RobustCost) -> bool:
     return any(part.requires_grad for part in data)
 
 
-def _levenberg_marquardt(chart: ChartT, objective: RobustCost, steps: int) -> ChartT:
+def levenberg_marquardt(chart: ChartT, objective: RobustCost, steps: int) -> ChartT:
     tangent = chart.tangent
     zero = tangent.new_zeros(tangent.shape[0], tangent.shape[2])
     eye = torch.eye(zero.shape[1], dtype=zero.dtype, device=zero.device)

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from eloftr_ops.geometry._linalg import homogeneous
+from eloftr_ops.geometry._linalg import adjugate, homogeneous
 
 # A homogeneous coordinate this much smaller than the terms it is the sum of counts as infinity.
 HORIZON = 1e-6
@@ -84,6 +84,32 @@ class SampsonResidual:
         inverse = squared.rsqrt()
         slope = inverse[..., None, None] * outer - (error * inverse.pow(3))[..., None, None] * change
         return torch.where(regular[..., None, None], slope, 0.0).flatten(2)[:, :, None]
+
+
+def sampson_of_many(matrices: Tensor, points0: Tensor, points1: Tensor) -> Tensor:
+    """Squared Sampson distances `(B, S, N)` of matches `(B, N, 2)` under S matrices `(B, S, 3, 3)` each.
+
+    By matrix products alone, for scoring samples in float32; zero for a match at both epipoles.
+    """
+    x0, x1 = homogeneous(points0), homogeneous(points1)
+    pairs, count = matrices.shape[:2]
+    products = (x1[..., :, None] * x0[..., None, :]).flatten(2)
+    error = matrices.flatten(2) @ products.mT
+    normal1 = (matrices[:, :, :2].flatten(1, 2) @ x0.mT).view(pairs, count, 2, -1)
+    normal0 = (matrices.mT[:, :, :2].flatten(1, 2) @ x1.mT).view(pairs, count, 2, -1)
+    squared = normal1.square().sum(2) + normal0.square().sum(2)
+    return error.square() / squared.clamp_min(torch.finfo(squared.dtype).tiny)
+
+
+def symmetric_transfer_of_many(matrices: Tensor, points0: Tensor, points1: Tensor) -> Tensor:
+    """Mean `(B, S, N)` of the squared transfer errors in both images under S homographies `(B, S, 3, 3)` each."""
+    total = torch.zeros((), dtype=matrices.dtype, device=matrices.device)
+    for H, source, target in ((matrices, points0, points1), (adjugate(matrices), points1, points0)):
+        mapped = (H.flatten(1, 2) @ homogeneous(source).mT).view(*H.shape[:2], 3, -1)
+        depth = mapped[:, :, 2:]
+        depth = torch.where(depth.abs() > HORIZON, depth, HORIZON)
+        total = total + 0.5 * (mapped[:, :, :2] / depth - target.mT[:, None]).square().sum(2)
+    return total
 
 
 def line_distances(matrix: Tensor, points0: Tensor, points1: Tensor) -> Tensor:

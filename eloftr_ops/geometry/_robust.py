@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Robust kernels and the graduated, iteratively re-weighted start."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from eloftr_ops.geometry._minimal import SAMPLE_SIZE, SOLUTIONS, draw_samples, minimal_models
+
 KERNELS: tuple[str | None, ...] = (None, "cauchy", "geman_mcclure")
 # Each round of the graduated start divides the squared scale by this.
 ANNEALING = 2.0
 ROUNDS = 16
+# The first round is at most so many times as wide as the last one.
+WIDEST = 16.0
 # Bounded, so that starts are ranked by how many matches they explain, whatever kernel is minimised later.
 START_KERNEL = "geman_mcclure"
-# With half of the matches wrong, 4 right ones are drawn once in 16 samples, 8 once in 256.
-SAMPLES = 256
+# With half of the matches wrong, 4 right ones are drawn once in 16 samples, 5 once in 32, 7 once in 128.
+SAMPLES = {"homography": 384, "fundamental": 1024, "essential": 512}
+# The best so many samples are re-weighted and solved again: a minimal sample is only as good as its noise.
+STARTS = 8
 # Residuals held at once while samples are scored, so that memory does not grow with the number of matches.
-RESIDUALS_AT_ONCE = 2**18
+RESIDUALS_AT_ONCE = 2**20
 
 
 def robust_cost(squared: Tensor, scale: Tensor, kernel: str | None) -> Tensor:
@@ -67,83 +74,144 @@ def far_point_weight(points: Tensor, weights: Tensor) -> Tensor:
     return trusted
 
 
-def sampled_start(
-    propose: Callable[[Tensor, Tensor], Tensor],
+def votes(points0: Tensor, points1: Tensor, weights: Tensor, cell: Tensor) -> Tensor:
+    """Weights `(B, N)` divided by how many matches share a place, in image 0 or in image 1.
+
+    Repeated and clustered matches are not independent witnesses: each place has one vote.
+
+    Args:
+        points0: `(B, N, 2)`.
+        points1: `(B, N, 2)`.
+        weights: `(B, N)`; matches of weight zero do not count.
+        cell: `(B,)`, size of a place in the unit of the points.
+    """
+    batch = torch.arange(weights.shape[0], device=weights.device)[:, None, None]
+    crowd = torch.ones_like(weights)
+    for points in (points0, points1):
+        place = (points / cell[:, None, None]).floor().clamp(-1e15, 1e15).long()
+        key = torch.cat([batch.expand_as(place[..., :1]), place], dim=2).flatten(0, 1)
+        _, inverse = torch.unique(key, dim=0, return_inverse=True)
+        present = (weights > 0).to(weights.dtype).flatten()
+        counts = weights.new_zeros(key.shape[0]).index_add(0, inverse, present)
+        crowd = torch.maximum(crowd, counts[inverse].view_as(weights))
+    return weights / crowd
+
+
+def sampled_starts(
+    model: str,
     residual: Callable[[Tensor, Tensor, Tensor], Tensor],
     points: tuple[Tensor, Tensor],
     weights: Tensor,
     scale: Tensor,
-    sample_size: int,
 ) -> Tensor:
-    """Best of many minimal solutions by robust cost: a start that outliers do not pull.
+    """Best of many minimal solutions by robust cost: starts that outliers do not pull.
 
-    The same quantiles of the cumulated weights are drawn for every pair, from a fixed seed, so that a pair
-    gets the same samples alone and in a batch, and no global random state is read.
+    The samples come from a fixed seed and are the same for a pair alone and in a batch; no global random
+    state is read.
 
     Args:
-        propose: sampled points `(S, m, 2)` of both images to matrices `(S, 3, 3)`.
-        residual: matrices `(S, 3, 3)` and points `(S, N, 2)` to squared residuals `(S, N)`.
-        points: both `(B, N, 2)`.
+        model: "homography", "fundamental" or "essential".
+        residual: matrices `(B, S, 3, 3)` and points `(B, N, 2)` to squared residuals `(B, S, N)`, in float32.
+        points: both `(B, N, 2)`, of about unit size.
         weights: `(B, N)`; a match is drawn in proportion to its weight.
         scale: `(B,)`, robust scale in the residual's unit.
-        sample_size: m.
 
     Returns:
-        Matrices `(B, 3, 3)`.
+        Matrices `(B, STARTS, 3, 3)`, the best first.
     """
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.rand(SAMPLES, sample_size, generator=generator, dtype=torch.float64)
-    total = weights.sum(1, keepdim=True)
-    cumulated = (weights / torch.where(total > 0, total, 1.0)).cumsum(1)
-    quantiles = drawn.to(weights).flatten()[None] * cumulated[:, -1:]
-    index = torch.searchsorted(cumulated, quantiles, right=True).clamp_max(weights.shape[1] - 1)
-    batch = torch.arange(weights.shape[0], device=weights.device)
-    best = torch.full_like(scale, float("inf"))
-    chosen = torch.eye(3, dtype=scale.dtype, device=scale.device).repeat(weights.shape[0], 1, 1)
-    at_once = min(max(RESIDUALS_AT_ONCE // weights.numel(), 1), SAMPLES)
-    for part in index.view(-1, SAMPLES, sample_size).split(at_once, dim=1):
-        count = part.shape[1]
-        rows = batch[:, None, None].expand_as(part)
-        matrices = propose(points[0][rows, part].flatten(0, 1), points[1][rows, part].flatten(0, 1))
-        wide = [x[:, None].expand(-1, count, -1, -1).flatten(0, 1) for x in points]
-        squared = residual(matrices, wide[0], wide[1]).view(-1, count, weights.shape[1])
-        cost = robust_cost(squared.flatten(1), scale, START_KERNEL).view_as(squared)
-        cost = (cost * weights[:, None]).sum(2).nan_to_num(nan=float("inf"))
-        least, place = cost.min(1)
-        better = least < best
-        best = torch.where(better, least, best)
-        candidate = matrices.view(-1, count, 3, 3)[batch, place]
-        chosen = torch.where(better[:, None, None], candidate, chosen)
-    return chosen
+    size = SAMPLE_SIZE[model]
+    uniform = torch.rand(SAMPLES[model], size, generator=generator, dtype=torch.float64)
+    index = draw_samples(weights, uniform.to(weights.device))
+    batch = torch.arange(weights.shape[0], device=weights.device)[:, None]
+    best = weights.new_full((weights.shape[0], STARTS), float("inf"))
+    kept = torch.eye(3, dtype=scale.dtype, device=scale.device).repeat(weights.shape[0], STARTS, 1, 1)
+    at_once = min(max(RESIDUALS_AT_ONCE // (SOLUTIONS[model] * weights.numel()), 1), SAMPLES[model])
+    for part in index.split(at_once, dim=1):
+        rows = batch[:, :, None].expand_as(part)
+        samples = [x[rows, part].flatten(0, 1) for x in points]
+        matrices = minimal_models(model, *samples).view(weights.shape[0], -1, 3, 3)
+        with torch.autocast(weights.device.type, enabled=False):
+            squared = residual(matrices.float(), *(x.float() for x in points))
+            # The start kernel's cost, as a product with the weights.
+            limit = scale.clamp(1e-15, 1e15).square().float()[:, None, None]
+            cost = (limit - limit / (1.0 + squared / limit)) @ weights.float()[..., None]
+        cost = cost[..., 0].to(scale.dtype).nan_to_num(nan=float("inf"))
+        cost = torch.where(matrices.flatten(2).any(2), cost, float("inf"))
+        best, order = torch.cat([best, cost], dim=1).topk(STARTS, dim=1, largest=False)
+        kept = torch.cat([kept, matrices], dim=1)[batch, order]
+    return kept
+
+
+def log_false_alarms(squared: Tensor, votes: Tensor, scale: Tensor, dimension: int, size: int) -> Tensor:
+    """Logarithm of how many models as well supported as this one wrong matches give by accident.
+
+    A-contrario: a wrong match lies anywhere, so it agrees within r with the probability that a disc (for a
+    point) or a strip (for a line) of that size has in the image; of all subsets of the matches and all minimal
+    samples in them, how many agree that well? (Moisan and Stival 2004.) Below zero the support is no accident.
+
+    Args:
+        squared: `(B, N)`, squared residuals in Hartley's normalised frame.
+        votes: `(B, N)`, in [0, 1] per match; zero for none.
+        scale: `(B,)`, robust scale in that frame; only matches within three times that count as support.
+        dimension: 2 for the distance of points, 1 for that from a line.
+        size: of the minimal sample.
+
+    Returns:
+        `(B,)`. Zero where nothing is left to test: no more votes than a minimal sample has.
+    """
+    squared, order = squared.masked_fill(votes <= 0, float("inf")).sort(1)
+    support = votes.gather(1, order).cumsum(1)
+    count = support[:, -1:].clamp_min(size)
+    distance = squared.clamp_min(1e-24).sqrt()
+    # A uniform square with mean distance sqrt(2) from its centre has side 3.70 and diagonal 5.23.
+    chance = math.pi * squared / 3.70**2 if dimension == 2 else 2.0 * 5.23 * distance / 3.70**2
+    chance = chance.clamp(1e-24, 1.0)
+
+    def log_choose(n: Tensor, k: Tensor) -> Tensor:
+        return torch.lgamma(n + 1.0) - torch.lgamma(k + 1.0) - torch.lgamma((n - k).clamp_min(0.0) + 1.0)
+
+    k, s = support.clamp_min(size), torch.full_like(support, size)
+    alarms = (
+        (count - s).clamp_min(1.0).log() + log_choose(count, k) + log_choose(k, s) + (k - s) * chance.log()
+    )
+    near = (distance <= 3.0 * scale[:, None]) & (support >= size)
+    least = alarms.masked_fill(~near, float("inf")).amin(1)
+    untestable = support[:, -1] <= size + 1e-6
+    return torch.where(untestable, 0.0, least)
 
 
 def graduated_start(
-    start: Tensor,
+    starts: Tensor,
     solve: Callable[[Tensor], Tensor],
     residual: Callable[[Tensor], Tensor],
     weights: Tensor,
     scale: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Re-weighted linear solutions with a scale that shrinks from the residuals' own size to `scale`.
 
     Graduated non-convexity (Blake and Zisserman 1987; Yang et al. 2020): a wide kernel is nearly convex, so
     its minimum is found from far away and followed while the kernel narrows.
 
     Args:
-        start: matrices `(B, 3, 3)` whose residuals weigh the first solution.
-        solve: weights `(B, N)` to matrices.
-        residual: matrices to squared residuals `(B, N)`.
+        starts: matrices `(B, S, 3, 3)` whose residuals weigh the first solutions.
+        solve: weights `(B * S, N)` to matrices.
+        residual: matrices `(B * S, 3, 3)` to squared residuals.
         weights: `(B, N)`, the user's weights.
         scale: `(B,)`, final scale in the residual's unit.
 
     Returns:
-        The matrices `(B, 3, 3)` of least robust cost among the start and the solutions at the final scale.
+        Of each start and its solutions, the matrices `(B, S, 3, 3)` of least robust cost at the final scale, and
+        that cost `(B, S)`.
     """
+    pairs, tries = starts.shape[:2]
+    start = starts.flatten(0, 1)
+    weights, scale = weights.repeat_interleave(tries, 0), scale.repeat_interleave(tries, 0)
     matrix, squared = start, residual(start)
     best = (weights * robust_cost(squared, scale, START_KERNEL)).sum(1)
     kept = start
     median = squared.masked_fill(weights <= 0, float("nan")).nanmedian(1).values.nan_to_num()
-    current = torch.maximum(2.0 * median.sqrt(), scale)
+    current = torch.minimum(torch.maximum(2.0 * median.sqrt(), scale), WIDEST * scale)
     for _ in range(ROUNDS):
         matrix = solve(weights * robust_weight(squared, current, START_KERNEL))
         squared = residual(matrix)
@@ -153,4 +221,9 @@ def graduated_start(
         if bool((current <= scale).all()):
             break
         current = torch.maximum(current / ANNEALING**0.5, scale)
-    return kept
+    return kept.view(pairs, tries, 3, 3), best.view(pairs, tries)
+
+
+def cheapest(matrices: Tensor, cost: Tensor) -> Tensor:
+    """Of S matrices per pair `(B, S, 3, 3)` the one of least cost `(B, S)`."""
+    return matrices[torch.arange(cost.shape[0], device=cost.device), cost.argmin(1)]

@@ -16,23 +16,27 @@ from eloftr_ops.geometry._checks import (
     check_scale,
 )
 from eloftr_ops.geometry._eight_point import (
-    LEAST_MATCHES,
     eight_point,
+    nearest_essential,
     nearest_rank_two,
     to_pixels,
     with_fixed_sign,
 )
 from eloftr_ops.geometry._linalg import FAR, Normalised, skew, unit_magnitude
+from eloftr_ops.geometry._minimal import SAMPLE_SIZE
 from eloftr_ops.geometry._precision import returned, to_work
 from eloftr_ops.geometry._ragged import Matches, PaddedMatches, solve_in_pieces
 from eloftr_ops.geometry._refine import RobustCost, minimise
-from eloftr_ops.geometry._residuals import SampsonResidual
+from eloftr_ops.geometry._residuals import SampsonResidual, sampson_of_many
 from eloftr_ops.geometry._robust import (
     KERNELS,
+    cheapest,
     far_point_weight,
     graduated_start,
+    log_false_alarms,
     robust_weight,
-    sampled_start,
+    sampled_starts,
+    votes,
 )
 from eloftr_ops.geometry.homography import resolve_steps
 
@@ -174,68 +178,94 @@ def _in_pixels(F: Tensor, unit: Tensor) -> Tensor:
     return scale[:, :, None] * F * scale[:, None]
 
 
-def robust_eight_point(matches: PaddedMatches, scale: Tensor) -> Tensor:
-    """Sampled, then graduated eight-point solutions in the unit of the matches, without gradient.
+def trusted_weights(matches: PaddedMatches) -> Tensor:
+    """Weights `(B, N)` that let go of points far away in either image."""
+    return far_point_weight(matches.points1, far_point_weight(matches.points0, matches.weights))
+
+
+def robust_eight_point(model: str, matches: PaddedMatches, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Sampled minimal models, then graduated eight-point solutions from the best of them, without gradient.
 
     Args:
+        model: "fundamental", or "essential" for matches in camera coordinates.
         matches: padded matches.
         scale: `(B,)`, final Sampson error at which a match starts to count as an outlier, in the matches'
-        unit.
+            unit.
 
     Returns:
-        Matrices `(B, 3, 3)`: the start of a refinement.
+        Matrices `(B, S, 3, 3)`, S starts of a refinement, and their robust cost `(B, S)`.
     """
+    nearest = nearest_rank_two if model == "fundamental" else nearest_essential
 
     def solve(weights: Tensor) -> Tensor:
-        solution = eight_point(matches, weights)
-        return to_pixels(nearest_rank_two(solution.matrix)[0], solution.frame0, solution.frame1)
+        tries = weights.shape[0] // scale.shape[0]
+        repeated = matches._replace(
+            points0=matches.points0.repeat_interleave(tries, 0),
+            points1=matches.points1.repeat_interleave(tries, 0),
+        )
+        solution = eight_point(repeated, weights)
+        return nearest(with_fixed_sign(to_pixels(solution.matrix, solution.frame0, solution.frame1)))[0]
 
-    def squared(matrix: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        return SampsonResidual.value(matrix, x0, x1).square().sum(-1)
-
-    def residual(matrix: Tensor) -> Tensor:
-        return squared(matrix, matches.points0, matches.points1)
-
-    def propose(sample0: Tensor, sample1: Tensor) -> Tensor:
-        sample = PaddedMatches(sample0, sample1, torch.ones_like(sample0[..., 0]), *matches[3:])
-        solution = eight_point(sample, sample.weights)
-        return to_pixels(solution.matrix, solution.frame0, solution.frame1)
+    def squared(matrices: Tensor) -> Tensor:
+        tries = matrices.shape[0] // scale.shape[0]
+        repeated = [x.repeat_interleave(tries, 0) for x in (matches.points0, matches.points1)]
+        return SampsonResidual.value(matrices, *repeated).clamp(-FAR, FAR).square().sum(-1)
 
     with torch.no_grad():
-        bulk = far_point_weight(matches.points1, far_point_weight(matches.points0, matches.weights))
         points = (matches.points0, matches.points1)
-        start = sampled_start(propose, squared, points, bulk, scale, LEAST_MATCHES)
-        return graduated_start(start, solve, residual, bulk, scale)
+        trusted = trusted_weights(matches)
+        trusted = votes(*points, trusted, 2.0 * scale)
+        starts = sampled_starts(model, sampson_of_many, points, trusted, scale)
+        return graduated_start(starts, solve, squared, trusted, scale)
+
+
+def supported(E: Tensor, matches: PaddedMatches, scale: Tensor, unit: Tensor, size: int) -> Tensor:
+    """Pairs `(B,)` whose robust epipolar geometry agrees with more matches than it would by accident.
+
+    Args:
+        E: `(B, 3, 3)`, fundamental or essential matrices.
+        matches: in the coordinates of E.
+        scale: `(B,)`, robust scale in the unit of the matches.
+        unit: `(B,)`, from that unit to Hartley's frame.
+        size: of the minimal sample.
+    """
+    with torch.no_grad():
+        points = (matches.points0, matches.points1)
+        support = votes(*points, (matches.weights > 0).to(scale.dtype), 2.0 * scale)
+        squared = SampsonResidual.value(E, *points).clamp(-FAR, FAR).square().sum(-1) * unit.square()[:, None]
+        return log_false_alarms(squared, support, scale * unit, 1, size) <= 0
 
 
 def _refined_estimate(
     matches: PaddedMatches, robust: str | None, scale: Tensor, steps: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        linear = eight_point(matches, matches.weights)
+        linear = eight_point(matches, matches.weights if robust is None else trusted_weights(matches))
         # One scale for both images: with two, the Sampson error would no longer be that of the pixels.
         common = (linear.frame0.scale * linear.frame1.scale).sqrt()
         shift0, shift1 = _frame(linear.frame0, common), _frame(linear.frame1, common)
-        pixels = to_pixels(linear.matrix, linear.frame0, linear.frame1)
-        determined = linear.determined
-        if robust is not None:
-            pixels = robust_eight_point(matches, scale)
-            squared = SampsonResidual.value(pixels, matches.points0, matches.points1).square().sum(-1)
-            trusted = matches.weights * robust_weight(squared, scale, robust)
-            determined = eight_point(matches, trusted).determined
-        start, unique = nearest_rank_two(_between(pixels, shift0, shift1))
-    objective = RobustCost(
-        SampsonResidual(),
-        (matches.points0 * common[:, None, None] + shift0[:, None, :2, 2]).clamp(-FAR, FAR),
-        (matches.points1 * common[:, None, None] + shift1[:, None, :2, 2]).clamp(-FAR, FAR),
-        matches.weights,
-        scale * common,
-        robust,
+    centred = matches._replace(
+        points0=(matches.points0 * common[:, None, None] + shift0[:, None, :2, 2]).clamp(-FAR, FAR),
+        points1=(matches.points1 * common[:, None, None] + shift1[:, None, :2, 2]).clamp(-FAR, FAR),
     )
-    minimum = minimise(FundamentalChart.centred(start), objective, steps, linear.least_gap)
-    F = shift1.mT @ minimum.chart.at(minimum.delta) @ shift0
+    scale = scale * common
+    with torch.no_grad():
+        determined = linear.determined
+        if robust is None:
+            start = _between(to_pixels(linear.matrix, linear.frame0, linear.frame1), shift0, shift1)
+        else:
+            start = cheapest(*robust_eight_point("fundamental", centred, scale))
+            squared = SampsonResidual.value(start, centred.points0, centred.points1).square().sum(-1)
+            agreeing = matches.weights * robust_weight(squared, scale, robust)
+            determined = eight_point(centred, agreeing).determined
+        start, unique = nearest_rank_two(start)
+    cost = RobustCost(SampsonResidual(), centred.points0, centred.points1, matches.weights, scale, robust)
+    minimum = minimise(FundamentalChart.centred(start), cost, steps, linear.least_gap)
+    inner = minimum.chart.at(minimum.delta)
     valid = determined & unique & minimum.determined
-    return F, valid, valid & minimum.converged, minimum.conditioning
+    if robust is not None:
+        valid = valid & supported(inner, centred, scale, torch.ones_like(scale), SAMPLE_SIZE["fundamental"])
+    return shift1.mT @ inner @ shift0, valid, valid & minimum.converged, minimum.conditioning
 
 
 def _frame(frame: Normalised, scale: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from eloftr_ops.geometry._linalg import (
     LEAST_GAP,
     ROUNDINGS,
     Normalised,
+    adjugate,
     homogeneous,
     homography_in_units,
     normalise_points,
@@ -23,13 +24,16 @@ from eloftr_ops.geometry._linalg import (
 from eloftr_ops.geometry._precision import result_dtype, returned, to_work
 from eloftr_ops.geometry._ragged import Matches, PaddedMatches, solve_in_pieces
 from eloftr_ops.geometry._refine import RobustCost, minimise
-from eloftr_ops.geometry._residuals import TransferResidual, guarded_depth
+from eloftr_ops.geometry._residuals import TransferResidual, guarded_depth, symmetric_transfer_of_many
 from eloftr_ops.geometry._robust import (
     KERNELS,
+    cheapest,
     far_point_weight,
     graduated_start,
+    log_false_alarms,
     robust_weight,
-    sampled_start,
+    sampled_starts,
+    votes,
 )
 
 __all__ = ["HomographyEstimate", "apply_homography", "homography_from_matches"]
@@ -234,18 +238,18 @@ def _refined_estimate(
     matches: PaddedMatches, robust: str | None, robust_scale: Tensor, steps: int, initial: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        bulk = matches.weights
+        trusted = matches.weights
         if robust is not None:
-            bulk = far_point_weight(matches.points1, far_point_weight(matches.points0, bulk))
-        linear = _solve_linear(matches, bulk)
+            trusted = far_point_weight(matches.points1, far_point_weight(matches.points0, trusted))
+        linear = _solve_linear(matches, trusted)
         frame0, frame1 = linear.frame0, linear.frame1
         scale = robust_scale * frame1.scale
         start = linear.matrix
         if initial is not None:
             start = frame1.transform @ unit_magnitude(initial, (1, 2)) @ frame0.inverse
         elif robust is not None:
-            start = _robust_start(matches, bulk, linear, scale)
-    objective = RobustCost(
+            start = _robust_start(matches, trusted, linear, scale)
+    cost = RobustCost(
         TransferResidual(),
         _similarity(frame0.transform, matches.points0),
         _similarity(frame1.transform, matches.points1),
@@ -253,37 +257,49 @@ def _refined_estimate(
         scale,
         robust,
     )
-    minimum = minimise(HomographyChart.centred(start), objective, steps, linear.least_gap)
+    minimum = minimise(HomographyChart.centred(start), cost, steps, linear.least_gap)
     matrix = minimum.chart.at(minimum.delta)
     regular = torch.linalg.det(matrix.detach()).abs() > LEAST_DETERMINANT
     enough = (matches.weights > 0).sum(1) >= LEAST_MATCHES
     valid = minimum.determined & regular & enough & frame0.spread & frame1.spread
+    if robust is not None:
+        with torch.no_grad():
+            points0, points1 = cost.points0, cost.points1
+            support = votes(points0, points1, (matches.weights > 0).to(scale.dtype), 2.0 * scale)
+            squared = symmetric_transfer(matrix, points0, points1)
+            valid = valid & (log_false_alarms(squared, support, scale, 2, LEAST_MATCHES) <= 0)
     H = or_identity(_with_unit_determinant(matrix, frame0, frame1), valid)
     return H, valid, valid & minimum.converged, minimum.conditioning
 
 
-def _robust_start(matches: PaddedMatches, bulk: Tensor, linear: _Linear, scale: Tensor) -> Tensor:
+def _robust_start(matches: PaddedMatches, trusted: Tensor, linear: _Linear, scale: Tensor) -> Tensor:
     frame0, frame1 = linear.frame0, linear.frame1
     points0 = _similarity(frame0.transform, matches.points0)
     points1 = _similarity(frame1.transform, matches.points1)
 
-    def propose(sample0: Tensor, sample1: Tensor) -> Tensor:
-        rows = _design(sample0, sample1).flatten(1, 2)
-        return smallest_eigenvector(rows.mT @ rows)[0].view(-1, 3, 3)
-
-    def squared(matrix: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        return TransferResidual.value(matrix, x0, x1).square().sum(-1)
-
     def solve(weights: Tensor) -> Tensor:
-        inner = _solve_linear(matches, weights)
-        pixels = inner.frame1.inverse @ inner.matrix @ inner.frame0.transform
-        return frame1.transform @ pixels @ frame0.inverse
+        tries = weights.shape[0] // points0.shape[0]
+        repeated = matches._replace(
+            points0=points0.repeat_interleave(tries, 0), points1=points1.repeat_interleave(tries, 0)
+        )
+        inner = _solve_linear(repeated, weights)
+        return inner.frame1.inverse @ inner.matrix @ inner.frame0.transform
 
-    def residual(matrix: Tensor) -> Tensor:
-        return squared(matrix, points0, points1)
+    def squared(matrices: Tensor) -> Tensor:
+        tries = matrices.shape[0] // points0.shape[0]
+        repeated = [x.repeat_interleave(tries, 0) for x in (points0, points1)]
+        return symmetric_transfer(matrices, *repeated)
 
-    start = sampled_start(propose, squared, (points0, points1), bulk, scale, LEAST_MATCHES)
-    return graduated_start(start, solve, residual, bulk, scale)
+    trusted = votes(points0, points1, trusted, 2.0 * scale)
+    starts = sampled_starts("homography", symmetric_transfer_of_many, (points0, points1), trusted, scale)
+    return cheapest(*graduated_start(starts, solve, squared, trusted, scale))
+
+
+def symmetric_transfer(matrix: Tensor, points0: Tensor, points1: Tensor) -> Tensor:
+    """Mean `(B, N)` of the squared transfer errors in both images, so that no map onto a point or line is good."""
+    forward = TransferResidual.value(matrix, points0, points1).clamp(-FAR, FAR).square().sum(-1)
+    backward = TransferResidual.value(adjugate(matrix), points1, points0).clamp(-FAR, FAR).square().sum(-1)
+    return 0.5 * (forward + backward)
 
 
 def _similarity(transform: Tensor, points: Tensor) -> Tensor:

@@ -23,12 +23,13 @@ from eloftr_ops.geometry._eight_point import (
     with_fixed_sign,
 )
 from eloftr_ops.geometry._linalg import adjugate, homogeneous, safe_normalise, skew, unit_magnitude
+from eloftr_ops.geometry._minimal import SAMPLE_SIZE
 from eloftr_ops.geometry._precision import returned, to_work
 from eloftr_ops.geometry._ragged import Matches, PaddedMatches, solve_in_pieces
-from eloftr_ops.geometry._refine import RobustCost, minimise
+from eloftr_ops.geometry._refine import RobustCost, levenberg_marquardt, minimise
 from eloftr_ops.geometry._residuals import SampsonResidual
-from eloftr_ops.geometry._robust import KERNELS, robust_weight
-from eloftr_ops.geometry.fundamental import camera_matrix, robust_eight_point
+from eloftr_ops.geometry._robust import KERNELS, START_KERNEL, robust_weight, votes
+from eloftr_ops.geometry.fundamental import camera_matrix, robust_eight_point, supported, trusted_weights
 from eloftr_ops.geometry.homography import resolve_steps
 
 __all__ = ["EssentialEstimate", "PoseEstimate", "essential_from_matches", "relative_pose_from_matches"]
@@ -36,6 +37,7 @@ __all__ = ["EssentialEstimate", "PoseEstimate", "essential_from_matches", "relat
 LEAST_MATCHES_REFINED = 5
 # Camera coordinates above this are directions at 90 degrees to the optical axis.
 FARTHEST = 1e30
+STEPS_OF_STARTS = 10
 
 
 class EssentialEstimate(NamedTuple):
@@ -304,6 +306,31 @@ def _weight_in_front(R: Tensor, t: Tensor, matches: PaddedMatches) -> Tensor:
     return vote
 
 
+def _consensus(matches: PaddedMatches, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotation `(B, 3, 3)`, direction `(B, 3)` and flag `(B,)` of the motion that most matches agree with.
+
+    The best five-point samples are re-weighted and then refined, each for itself; the best of those counts.
+    """
+    starts, _ = robust_eight_point("essential", matches, scale)
+    tries = starts.shape[1]
+    weights = votes(matches.points0, matches.points1, trusted_weights(matches), 2.0 * scale)
+    many = matches._replace(
+        points0=matches.points0.repeat_interleave(tries, 0),
+        points1=matches.points1.repeat_interleave(tries, 0),
+        weights=weights.repeat_interleave(tries, 0),
+    )
+    scales = scale.repeat_interleave(tries, 0)
+    E, t, unique = nearest_essential(with_fixed_sign(starts.flatten(0, 1)))
+    squared = SampsonResidual.value(E, many.points0, many.points1).square().sum(-1)
+    agreeing = many.weights * robust_weight(squared, scales, START_KERNEL)
+    R, t, _ = choose_motion(E, t, many._replace(weights=agreeing))
+    cost = RobustCost(SampsonResidual(), many.points0, many.points1, many.weights, scales, START_KERNEL)
+    chart = levenberg_marquardt(PoseChart.centred(R, t), cost, STEPS_OF_STARTS)
+    value = cost.cost(skew(chart.t) @ chart.R).nan_to_num(nan=float("inf")).view(-1, tries)
+    best = value.argmin(1) + tries * torch.arange(value.shape[0], device=value.device)
+    return chart.R[best], chart.t[best], unique[best]
+
+
 def _refined_motion(
     matches: PaddedMatches, robust: str | None, scale: Tensor, steps: int, initial: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -314,17 +341,19 @@ def _refined_motion(
             R, t = initial[:, :3, :3], safe_normalise(unit_magnitude(initial[:, :3, 3], (1,)))
             least = LEAST_MATCHES_REFINED
         else:
-            camera = to_pixels(linear.matrix, linear.frame0, linear.frame1)
-            if robust is not None:
-                camera = robust_eight_point(matches, scale.detach())
-            E, t, unique = nearest_essential(with_fixed_sign(camera))
-            determined = linear.determined
-            trusted = matches
-            if robust is not None:
-                squared = SampsonResidual.value(E, matches.points0, matches.points1).square().sum(-1)
-                trusted = matches._replace(weights=matches.weights * robust_weight(squared, scale, robust))
-                determined = eight_point(matches, trusted.weights).determined
-            R, t, in_front = choose_motion(E, t, trusted)
+            if robust is None:
+                camera = to_pixels(linear.matrix, linear.frame0, linear.frame1)
+                E, t, unique = nearest_essential(with_fixed_sign(camera))
+                R, t, in_front = choose_motion(E, t, matches)
+                determined = linear.determined
+            else:
+                R, t, unique = _consensus(matches, scale)
+                squared = (
+                    SampsonResidual.value(skew(t) @ R, matches.points0, matches.points1).square().sum(-1)
+                )
+                agreeing = matches.weights * robust_weight(squared, scale, robust)
+                determined = eight_point(matches, agreeing).determined
+                in_front = _weight_in_front(R, t, matches._replace(weights=agreeing)) > 0
             ready = ready & unique & in_front & determined
             least = LEAST_MATCHES
     objective = RobustCost(
@@ -334,4 +363,7 @@ def _refined_motion(
     R, t = minimum.chart.motion(minimum.delta)
     enough = (matches.weights > 0).sum(1) >= least
     valid = ready & enough & minimum.determined
+    if robust is not None:
+        unit = (linear.frame0.scale * linear.frame1.scale).sqrt()
+        valid = valid & supported(skew(t) @ R, matches, scale.detach(), unit, SAMPLE_SIZE["essential"])
     return R, t, valid, valid & minimum.converged, minimum.conditioning
