@@ -60,7 +60,10 @@ def test_with_half_of_the_matches_wrong_the_right_ones_decide(count: int) -> Non
     assert bool((error < 1.5 * noise).all())
     pose = relative_pose_from_matches(*views.matches[:2], views.K0, views.K1, views.batch_indexes, **OPTIONS)
     assert bool(pose.valid.all())
-    assert float(_pose_error(pose.T_0to1, views).median()) < 2.0
+    best = relative_pose_from_matches(x0, x1, views.K0, views.K1, index)  # told which matches are right
+    assert float(_pose_error(pose.T_0to1, views).median()) < 2.0 * float(
+        _pose_error(best.T_0to1, views).median()
+    )
     assert int((_pose_error(pose.T_0to1, views) > 5.0).sum()) <= 1  # OpenCV's MAGSAC++: 3 of 60 such problems
 
 
@@ -80,15 +83,11 @@ def test_matches_that_share_a_point_of_image_1_do_not_collapse_the_homography(ro
     planar = planar_scene(8, 67, seed=3, noise=0.5)
     x1 = planar.keypoints1.view(8, 67, 2).clone()
     x1[:, :27] = torch.tensor([100.0, 90.0], dtype=torch.float64)
-    for x0, y1 in ((planar.keypoints0, x1.flatten(0, 1)), (x1.flatten(0, 1), planar.keypoints1)):
-        right = y1 is not planar.keypoints1
-        truth = planar.H_0to1 if right else None
-        found = homography_from_matches(
-            x0 if right else planar.keypoints0, y1, planar.batch_indexes, batch_size=8, robust=robust
-        )
-        assert bool(found.valid.all() and found.converged.all())
-        if truth is not None:
-            assert float(_corner_error(found.H_0to1, truth).max()) < 4.0
+    found = homography_from_matches(
+        planar.keypoints0, x1.flatten(0, 1), planar.batch_indexes, batch_size=8, robust=robust
+    )
+    assert bool((found.valid & found.converged).all())
+    assert float(_corner_error(found.H_0to1, planar.H_0to1).max()) < 4.0
 
 
 @KERNELS
@@ -131,9 +130,8 @@ def test_minimal_models_contain_the_true_one(model: str) -> None:
 
 
 def test_samples_are_distinct_matches_of_positive_weight() -> None:
-    weights = torch.tensor(
-        [[0.0, 1.0, 2.0, 0.0, 1.0, 1.0, 4.0, 0.0], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
-    ).double()
+    rows = [[0.0, 1.0, 2.0, 0.0, 1.0, 1.0, 4.0, 0.0], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
+    weights = torch.tensor(rows, dtype=torch.float64)
     uniform = torch.rand(200, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn = draw_samples(weights, uniform)
     assert all(len(set(row)) == 4 for row in drawn[0].tolist())
