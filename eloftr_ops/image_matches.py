@@ -52,6 +52,9 @@ class ImageMatches:
     names: tuple[str, str]  # what the images were called
     seconds: float  # of the matcher alone
     device: torch.device  # of the matcher
+    coarse: ImageMatches | None = (
+        None  # of tiled matching: its first pass; then keypoints were matched at full size
+    )
     looks: int = 1  # how many sets of matches were tried, of which this is the best
     _kept: dict[Any, Any] = field(default_factory=dict)
 
@@ -76,6 +79,8 @@ class ImageMatches:
         if "verdict" not in self._kept:
             from eloftr_ops.geometry.verification import related
 
+            if self.coarse is not None:
+                return self.coarse.verdict
             sizes = self.image0.size_wh, self.image1.size_wh
             self._kept["verdict"] = related(*self._matched_keypoints(), *sizes, looks=self.looks)
         verdict: Verdict = self._kept["verdict"]
@@ -139,7 +144,7 @@ class ImageMatches:
         pictures = [
             image.image if image.color is None else image.color for image in (self.image0, self.image1)
         ]
-        keypoints0, keypoints1 = self._matched_keypoints()
+        keypoints0, keypoints1 = self._shown_keypoints()
         return draw_matches(
             pictures[0],
             pictures[1],
@@ -190,9 +195,15 @@ class ImageMatches:
             verdict=self.verdict,
         )
 
+    def _shown_keypoints(self) -> tuple[Tensor, Tensor]:
+        """In pixels of ``image0`` and ``image1``, float64."""
+        return self.image0.from_original(self.keypoints0), self.image1.from_original(self.keypoints1)
+
     def _matched_keypoints(self) -> tuple[Tensor, Tensor]:
         """In pixels of the images as matched, float64."""
-        return self.image0.from_original(self.keypoints0), self.image1.from_original(self.keypoints1)
+        if self.coarse is not None:
+            return self.keypoints0.double(), self.keypoints1.double()
+        return self._shown_keypoints()
 
     def _model(self, model: str, threshold: float) -> TwoViewModel:
         if model not in _MATRIX:
@@ -212,7 +223,9 @@ class ImageMatches:
         if model == "fundamental" and self._is_plane(matrix, threshold):
             reason = "not determined: the matches show a plane, or a camera that only rotates"
             return TwoViewModel(None, torch.zeros_like(inliers), reason)
-        return TwoViewModel(_between_originals(matrix, model, self.image0, self.image1), inliers)
+        one = (1.0, 1.0)
+        scales = (one, one) if self.coarse is not None else (self.image0.scale_xy, self.image1.scale_xy)
+        return TwoViewModel(_between_originals(matrix, model, *scales), inliers)
 
     def _is_plane(self, F_0to1: Tensor, threshold: float) -> bool:
         """Whether a homography explains the matches so well that they determine no fundamental matrix."""
@@ -235,10 +248,12 @@ def _robust_model(
     return estimate.model_0to1[0] if estimate.valid.item() else None, estimate.inliers
 
 
-def _between_originals(matrix: Tensor, model: str, image0: LoadedImage, image1: LoadedImage) -> Tensor:
+def _between_originals(
+    matrix: Tensor, model: str, scale0_xy: tuple[float, float], scale1_xy: tuple[float, float]
+) -> Tensor:
     """The matrix between the images as matched, made one between the original images."""
     up0, up1 = (
-        torch.diag(torch.tensor([*loaded.scale_xy, 1.0], dtype=torch.float64)) for loaded in (image0, image1)
+        torch.diag(torch.tensor([*scale_xy, 1.0], dtype=torch.float64)) for scale_xy in (scale0_xy, scale1_xy)
     )
     if model == "homography":
         moved: Tensor = up1 @ matrix @ torch.linalg.inv(up0)

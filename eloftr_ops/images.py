@@ -77,6 +77,21 @@ class LoadedImage(NamedTuple):
         """Keypoints (M, 2) of the original image in pixels of ``image``; float64."""
         return keypoints.double() / keypoints.new_tensor(self.scale_xy, dtype=torch.float64)
 
+    def reduced(self, resize: int) -> LoadedImage:
+        """The same at a smaller size: long side ``resize``, filtered as :func:`read_image` does."""
+        size_wh = _fitted(self.size_wh, resize)
+        if size_wh == self.size_wh:
+            return self
+        box = (0, 0, *self.size_wh)
+        pixels = np.clip(_resampled(Image.fromarray(self.image[0, 0].numpy()), size_wh, box, None), 0, 1)
+        mask, color = None, self.color
+        if self.mask is not None:
+            seen = Image.fromarray(self.mask[0].numpy().astype(np.float32))
+            mask = torch.from_numpy(_resampled(seen, size_wh, box, None) >= 0.5)[None]
+        if color is not None:
+            color = np.array(_resized(Image.fromarray(color), size_wh, box, None))
+        return self._replace(image=torch.from_numpy(pixels)[None, None], mask=mask, color=color)
+
 
 def read_image(
     path: str | os.PathLike[str], *, resize: int | None = None, color: bool = False, upright: bool = True

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections import OrderedDict
@@ -20,6 +21,7 @@ from eloftr_ops.errors import ArgumentError, FileError
 from eloftr_ops.image_matches import ImageMatches, TwoViewModel
 from eloftr_ops.images import ImageSource, LoadedImage, load_image
 from eloftr_ops.model.matcher import EfficientLoFTR
+from eloftr_ops.tiles import match_tiles
 
 __all__ = [
     "ImageMatches",
@@ -35,6 +37,7 @@ Matcher = Callable[[dict[str, Any]], Mapping[str, Tensor]]  # kornia LoFTR's dic
 
 DEFAULT_WEIGHTS = "small"
 DEFAULT_RESIZE = 640
+_LEAST_TILE = 256
 _LEAST_CONTRAST = 2 / 255  # between the brightest and the darkest pixel; less is no texture
 _KEPT = 4  # matchers
 _MATCHERS: OrderedDict[tuple[Any, ...], Matcher] = OrderedDict()
@@ -51,6 +54,7 @@ def match_images(
     *,
     mask0: npt.NDArray[Any] | Tensor | None = None,
     mask1: npt.NDArray[Any] | Tensor | None = None,
+    tile: int | None = None,
 ) -> ImageMatches:
     """Match two images.
 
@@ -72,6 +76,8 @@ def match_images(
         max_matches: keep so many matches, the most confident; None: all.
         mask0: (H, W) of the size of image 0 as given, zero where no match may lie.
         mask1: likewise.
+        tile: match the images at full size, in tiles of this long side (at least 256, 1024 is good); for large images.
+            A first pass at ``resize`` finds which parts correspond. See `eloftr_ops.tiles.match_tiles`.
 
     Returns:
         The matches. M = 0 if there are none; also if an image is blank: less than two of 255 gray levels between its
@@ -83,17 +89,57 @@ def match_images(
             ValueErrors.
         torch.OutOfMemoryError: the images are too large for the GPU.
     """
-    _check_numbers(resize, threshold, max_matches)
-    pair = (
-        _loaded("image0", image0, resize, mask0),
-        _loaded("image1", image1, resize, mask1),
-    )
+    _check_numbers(resize, threshold, max_matches, tile)
+    size = None if tile else resize
+    pair = (_loaded("image0", image0, size, mask0), _loaded("image1", image1, size, mask1))
     if isinstance(weights, (str, os.PathLike)):
         matcher = _kept_matcher(weights, device, threshold)
     else:
         matcher = _checked_matcher(weights, device, threshold)
     names = (_name("image0", image0), _name("image1", image1))
+    if tile and max(*pair[0].size_wh, *pair[1].size_wh) > (resize or DEFAULT_RESIZE):
+        coarse_size = resize or DEFAULT_RESIZE
+        return _match_in_tiles(matcher, *pair, names, threshold, max_matches, tile, coarse_size)
     return match_loaded(matcher, *pair, names=names, threshold=threshold, max_matches=max_matches)
+
+
+def _match_in_tiles(
+    matcher: Matcher,
+    image0: LoadedImage,
+    image1: LoadedImage,
+    names: tuple[str, str],
+    threshold: float | None,
+    max_matches: int | None,
+    tile: int,
+    resize: int,
+) -> ImageMatches:
+    """A coarse pass, then both images at full size tile by tile."""
+    start = time.perf_counter()
+    coarse = match_loaded(
+        matcher, image0.reduced(resize), image1.reduced(resize), names=names, threshold=threshold
+    )
+
+    def match(part0: LoadedImage, part1: LoadedImage) -> tuple[Tensor, Tensor, Tensor]:
+        return _found(matcher, part0, part1, coarse.device)
+
+    fine = match_tiles(
+        match,
+        image0,
+        image1,
+        coarse.keypoints0.double().numpy(),
+        coarse.keypoints1.double().numpy(),
+        tile=tile,
+    )
+    kept = _kept(fine.confidence, threshold, max_matches)
+    return dataclasses.replace(
+        coarse,
+        keypoints0=fine.keypoints0[kept],
+        keypoints1=fine.keypoints1[kept],
+        confidence=fine.confidence[kept],
+        seconds=time.perf_counter() - start,
+        coarse=coarse,
+        _kept={},
+    )
 
 
 def match_loaded(
@@ -117,21 +163,10 @@ def match_loaded(
         max_matches: keep so many matches, the most confident.
     """
     device = _device_of(matcher)
-    data: dict[str, Any] = {}
-    for side, loaded in zip("01", (image0, image1), strict=True):
-        data[f"image{side}"] = loaded.image.to(device)
-        if loaded.mask is not None:
-            data[f"mask{side}"] = loaded.mask.to(device)
     start = time.perf_counter()
-    with torch.inference_mode():
-        found = {name: value.cpu() for name, value in matcher(data).items()}  # waits for the device
+    keypoints0, keypoints1, confidence = _found(matcher, image0, image1, device)
     seconds = time.perf_counter() - start
-    keypoints0, keypoints1, confidence = (
-        found[name].float().clone() for name in ("keypoints0", "keypoints1", "confidence")
-    )
     kept = _kept(confidence, threshold, max_matches)
-    if not (_has_texture(image0) and _has_texture(image1)):
-        kept = kept[:0]  # whatever is found in a blank image lies anywhere
     return ImageMatches(
         image0.to_original(keypoints0[kept]),
         image1.to_original(keypoints1[kept]),
@@ -142,6 +177,26 @@ def match_loaded(
         seconds,
         device,
     )
+
+
+def _found(
+    matcher: Matcher, image0: LoadedImage, image1: LoadedImage, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keypoints of both images in pixels of these, and confidence, on the CPU in float32."""
+    if not (_has_texture(image0) and _has_texture(image1)):
+        # Whatever a matcher finds in a blank image lies anywhere.
+        return torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0)
+    data: dict[str, Any] = {}
+    for side, loaded in zip("01", (image0, image1), strict=True):
+        data[f"image{side}"] = loaded.image.to(device)
+        if loaded.mask is not None:
+            data[f"mask{side}"] = loaded.mask.to(device)
+    with torch.inference_mode():
+        found = matcher(data)
+        keypoints0, keypoints1, confidence = (
+            found[name].cpu().float() for name in ("keypoints0", "keypoints1", "confidence")
+        )
+    return keypoints0.clone(), keypoints1.clone(), confidence.clone()
 
 
 def _has_texture(loaded: LoadedImage) -> bool:
@@ -205,8 +260,11 @@ def choose_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def _check_numbers(resize: int | None, threshold: float | None, max_matches: int | None) -> None:
-    for name, value, least in (("resize", resize, 0), ("max_matches", max_matches, 1)):
+def _check_numbers(
+    resize: int | None, threshold: float | None, max_matches: int | None, tile: int | None
+) -> None:
+    limits = (("resize", resize, 0), ("max_matches", max_matches, 1), ("tile", tile, _LEAST_TILE))
+    for name, value, least in limits:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ArgumentError(name, f"expected an integer of at least {least}, or None, got {value!r}.")
     if threshold is not None and not 0 <= threshold < float("inf"):

@@ -48,6 +48,10 @@ _Resize = typer.Option(
 _Threshold = typer.Option(help="Least confidence of a match; the weights' own by default.")
 _MaxMatches = typer.Option(min=1, help="Keep the most confident ones only.")
 _Model = typer.Option(help="Count the inliers of this model (OpenCV's MAGSAC++).")
+_Tile = typer.Option(
+    min=256,
+    help="Match large images at full size, in tiles of so many pixels: 1024; --resize is for a first pass.",
+)
 _InlierThreshold = typer.Option(help="Largest error of an inlier, in pixels of the images as matched.")
 
 
@@ -61,6 +65,7 @@ def match(
     device: Device = "auto",
     threshold: Annotated[float | None, _Threshold] = None,
     max_matches: Annotated[int | None, _MaxMatches] = None,
+    tile: Annotated[int | None, _Tile] = None,
     model: Annotated[Model, _Model] = Model.fundamental,
     inlier_threshold: Annotated[float, _InlierThreshold] = INLIER_THRESHOLD,
     threads: Threads = None,
@@ -83,6 +88,7 @@ def match(
             resize=resize,
             threshold=threshold,
             max_matches=max_matches,
+            tile=tile,
         )
         _write_and_print(matches, model, inlier_threshold, output, viz)
 
@@ -128,6 +134,9 @@ def _write_and_print(
     console = Report()
     for side, name, loaded in zip("01", matches.names, (matches.image0, matches.image1), strict=True):
         width, height = loaded.original_size_wh
+        if matches.coarse is not None:
+            print_line(console, f"image {side}", f"{name}  {width}x{height} in tiles")
+            continue
         reduced = "" if loaded.size_wh == loaded.original_size_wh else " as {}x{}".format(*loaded.size_wh)
         print_line(console, f"image {side}", f"{name}  {width}x{height}{reduced}")
         for note in loaded.notes:
