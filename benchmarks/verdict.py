@@ -5,7 +5,9 @@
 
 Prints the tail of log10 NFA for unrelated pairs (the constants of `eloftr_ops.geometry.verification`), the share of
 unrelated pairs called related (also with the tail of one half, counted on the other), and the share of pairs with
-overlap that are kept. An index is a JSON file whose "pairs" name "image0" and "image1", relative to the file.
+overlap that are kept: of all, and of those in which the matcher finds at least 20 true matches. An index is a JSON file
+whose "pairs" name "image0" and "image1", relative to the file, and "H", or "K0", "K1", "T_0to1", or "gt_pts0" and
+"gt_pts1" as ground truth, pixel centres at integers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
 
@@ -27,8 +31,8 @@ from eloftr_ops.geometry import verification
 MODELS = ("homography", "fundamental")
 
 
-def log10_nfas(paths: tuple[Path, Path], resize: int, cache: Path) -> dict[str, float]:
-    """Of both models, from matches that are kept in a folder."""
+def kept_matches(paths: tuple[Path, Path], resize: int, cache: Path) -> dict[str, np.ndarray]:
+    """Keypoints in pixels of the images as matched, and sizes; computed once, and kept in a folder."""
     name = hashlib.sha256(f"{paths[0]} {paths[1]} {resize}".encode()).hexdigest()[:24]
     file = cache / f"{name}.npz"
     if not file.exists():
@@ -39,10 +43,38 @@ def log10_nfas(paths: tuple[Path, Path], resize: int, cache: Path) -> dict[str, 
         )
         sizes = (matches.image0.size_wh, matches.image1.size_wh)
         np.savez(file, keypoints0=keypoints[0], keypoints1=keypoints[1], size0=sizes[0], size1=sizes[1])
-    data = np.load(file)
+    return dict(np.load(file))
+
+
+def log10_nfas(data: dict[str, np.ndarray]) -> dict[str, float]:
+    """Of both models."""
     points = (torch.from_numpy(data["keypoints0"]), torch.from_numpy(data["keypoints1"]))
     sizes = (tuple(data["size0"].tolist()), tuple(data["size1"].tolist()))
     return {model: verification.log10_nfa(model, *points, *sizes)[0] for model in MODELS}
+
+
+def true_matches(data: dict[str, np.ndarray], pair: dict[str, Any]) -> int:
+    """How many matches agree with the ground truth, within 5 pixels."""
+    ups = [np.diag([*(np.array(pair[f"size{s}"]) / data[f"size{s}"]), 1.0]) for s in "01"]
+    half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
+    points0, points1 = data["keypoints0"].astype(np.float64), data["keypoints1"].astype(np.float64)
+    if "H" in pair:
+        H = np.linalg.inv(ups[1]) @ half @ np.array(pair["H"]) @ np.linalg.inv(half) @ ups[0]
+        mapped = np.c_[points0, np.ones(len(points0))] @ H.T
+        return int((np.linalg.norm(mapped[:, :2] / mapped[:, 2:] - points1, axis=1) < 5).sum())
+    if "T_0to1" in pair:
+        T = np.array(pair["T_0to1"])
+        tx, ty, tz = T[:3, 3]
+        E = np.array([[0, -tz, ty], [tz, 0, -tx], [-ty, tx, 0]]) @ T[:3, :3]
+        F = np.linalg.inv(pair["K1"]).T @ E @ np.linalg.inv(pair["K0"])
+    else:
+        truth0, truth1 = np.array(pair["gt_pts0"]), np.array(pair["gt_pts1"])
+        method = cv2.FM_8POINT if len(truth0) > 7 else cv2.FM_7POINT
+        F, _ = cv2.findFundamentalMat(truth0, truth1, method)
+        F = F[:3]
+    to_stored = [np.linalg.inv(half) @ up for up in ups]
+    errors = verification.epipolar_errors(to_stored[1].T @ F @ to_stored[0], points0, points1)
+    return int((errors < 5).sum())
 
 
 def tail(values: list[float]) -> tuple[float, float]:
@@ -77,7 +109,7 @@ def main() -> None:
     photos = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in (".jpg", ".png"))
     drawn = random.Random(0).sample(list(itertools.combinations(photos, 2)), options.unrelated)
     drawn = [pair for pair in drawn if frozenset(path.name for path in pair) not in same]
-    unrelated = [log10_nfas(pair, options.resize, options.cache) for pair in drawn]
+    unrelated = [log10_nfas(kept_matches(pair, options.resize, options.cache)) for pair in drawn]
     tails = {model: tail([pair[model] for pair in unrelated]) for model in MODELS}
     for model, (start, slope) in tails.items():
         print(f"tail of {model}: ({start:.2f}, {slope:.2f})")
@@ -93,18 +125,24 @@ def main() -> None:
         f"  with the tail of one half, in the other: {count} of {len(unrelated)} ({count / len(unrelated):.1%})"
     )
 
-    kept_in_all, all_pairs = 0, 0
+    outcomes: list[tuple[bool, int]] = []
     for index in options.pairs:
         pairs = json.loads(index.read_text(encoding="utf-8"))["pairs"]
         paths = [(index.parent / pair["image0"], index.parent / pair["image1"]) for pair in pairs]
-        kept = called_related([log10_nfas(pair, options.resize, options.cache) for pair in paths], tails)
-        kept_in_all, all_pairs = kept_in_all + sum(kept), all_pairs + len(kept)
+        found = [kept_matches(pair, options.resize, options.cache) for pair in paths]
+        kept = called_related([log10_nfas(data) for data in found], tails)
+        right = [true_matches(data, pair) for data, pair in zip(found, pairs, strict=True)]
         print(f"{index.stem}: {sum(kept)} of {len(kept)} kept")
-        for pair, good in zip(pairs, kept, strict=True):
+        for pair, data, good, count in zip(pairs, found, kept, right, strict=True):
             if not good:
-                print(f"  lost: {pair.get('name', pair['image0'])}")
-    if all_pairs:
-        print(f"pairs with overlap kept: {kept_in_all} of {all_pairs} ({kept_in_all / all_pairs:.1%})")
+                name = pair.get("name", pair["image0"])
+                print(f"  lost: {name}, {count} true of {len(data['keypoints0'])} matches")
+        outcomes += zip(kept, right, strict=True)
+    for least in (0, 20):
+        kept = [good for good, count in outcomes if count >= least]
+        if kept:
+            share = f"{sum(kept)} of {len(kept)} ({sum(kept) / len(kept):.1%})"
+            print(f"pairs with overlap and at least {least} true matches, kept: {share}")
 
 
 if __name__ == "__main__":

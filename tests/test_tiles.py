@@ -41,7 +41,9 @@ class Reader:
     def __call__(self, part0: LoadedImage, part1: LoadedImage) -> tuple[Tensor, Tensor, Tensor]:
         self.largest = max(self.largest, *part0.size_wh, *part1.size_wh)
         local0 = grid(part0.size_wh)
-        local1 = apply_homography(self.H[None], (local0 + corner(part0, SIZE0))[None])[0] - corner(part1, SIZE1)
+        local1 = apply_homography(self.H[None], (local0 + corner(part0, SIZE0))[None])[0] - corner(
+            part1, SIZE1
+        )
         seen = inside(local1, part1.size_wh)
         return local0[seen].float(), local1[seen].float(), torch.linspace(0.5, 0.9, int(seen.sum()))
 
@@ -68,9 +70,7 @@ def test_every_match_is_found_once_and_none_is_missing_at_a_seam(shift: float, w
     anywhere = torch.rand(len(coarse1), 2, generator=generator, dtype=torch.float64) * torch.tensor(SIZE1)
     coarse1 = torch.where(bad[:, None], anywhere, coarse1)
     match = Reader(H_0to1)
-    found = match_tiles(
-        match, numbered(SIZE0), numbered(SIZE1), coarse0.numpy(), coarse1.numpy(), tile=512
-    )
+    found = match_tiles(match, numbered(SIZE0), numbered(SIZE1), coarse0.numpy(), coarse1.numpy(), tile=512)
     truth = apply_homography(H_0to1[None], expected[None])[0]
     expected = expected[inside(truth, SIZE1)]
     order = (found.keypoints0[:, 0] * 10_000 + found.keypoints0[:, 1]).argsort()

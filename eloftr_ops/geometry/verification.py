@@ -117,7 +117,7 @@ def log10_nfa(
         area = min(size0_wh[0] * size0_wh[1], size1_wh[0] * size1_wh[1])
         exponent, factor = 2, math.pi / area
     else:
-        errors = _epipolar_errors(matrix, points0, points1)
+        errors = epipolar_errors(matrix, points0, points1)
         exponent, factor = (
             1,
             max(2 * math.hypot(*size) / (size[0] * size[1]) for size in (size0_wh, size1_wh)),
@@ -158,7 +158,7 @@ def shows_parallax(
     F, H = (matrix.detach().cpu().double().numpy() for matrix in (F_0to1, H_0to1))
     parallax = np.linalg.norm(_mapped(H, points0) - points1, axis=1)
     off = parallax > 3 * threshold
-    fits = _epipolar_errors(F, points0, points1) <= threshold
+    fits = epipolar_errors(F, points0, points1) <= threshold
     count, support = int(off.sum()), int((off & fits).sum())
     if support <= 2:
         return False
@@ -215,7 +215,7 @@ def _transfer_errors(H: _Array, points0: _Array, points1: _Array) -> _Array:
     return errors
 
 
-def _epipolar_errors(F: _Array, points0: _Array, points1: _Array) -> _Array:
+def epipolar_errors(F: _Array, points0: _Array, points1: _Array) -> _Array:
     """The larger one of both images."""
     x0, x1 = (np.c_[points, np.ones(len(points))] for points in (points0, points1))
     lines1, lines0 = x0 @ F.T, x1 @ F
