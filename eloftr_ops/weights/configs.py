@@ -100,6 +100,20 @@ def folder_config(config: EfficientLoFTRConfig, layout: WeightLayout, dtype: tor
     return _dump(fields, indent=2).encode()
 
 
+def preprocessor_config() -> bytes:
+    """The ``preprocessor_config.json`` of transformers' image processor, which its ``pipeline`` needs."""
+    fields = {
+        "image_processor_type": "EfficientLoFTRImageProcessor",
+        "do_resize": True,
+        "size": {"height": 480, "width": 640},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_grayscale": True,
+    }
+    return _dump(fields, indent=2).encode()
+
+
 def read_metadata(metadata: Mapping[str, str], source: str) -> FolderConfig | None:
     """What a file of weights says about itself in its metadata; ``None`` for a file of another origin."""
     if metadata.get("format") == FORMAT:

@@ -18,7 +18,14 @@ from torch import Tensor
 from eloftr_ops.config import WeightLayout
 from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.storage import write_file, write_folder
-from eloftr_ops.weights.configs import CHECKPOINT, FORMAT, SAFETENSORS, folder_config, metadata_for
+from eloftr_ops.weights.configs import (
+    CHECKPOINT,
+    FORMAT,
+    SAFETENSORS,
+    folder_config,
+    metadata_for,
+    preprocessor_config,
+)
 from eloftr_ops.weights.files import COUNTER, FLOAT_DTYPES
 from eloftr_ops.weights.layouts import AUTHORS_PREFIX
 from eloftr_ops.weights.names import to_layout
@@ -43,7 +50,7 @@ def save_pretrained(
             - ``eloftr_ops``: ``config.json`` and ``model.safetensors`` with our names;
             - ``authors``: ``model.ckpt``, ``{"state_dict": {"matcher.<name>": tensor}}`` with the authors' names, and
               our ``config.json``, since a checkpoint does not tell heads or matching parameters;
-            - ``transformers``: ``config.json`` and ``model.safetensors`` that
+            - ``transformers``: ``config.json``, ``preprocessor_config.json`` and ``model.safetensors`` that
               ``EfficientLoFTRForKeypointMatching.from_pretrained`` loads strictly. It computes the same coarse
               scores up to the rounding of rotary tables. It has no counterpart of ``centred_subpixel`` (a
               ``UserWarning`` says so: positions in image 1 differ by about a pixel there), nor of re-parameterised
@@ -69,6 +76,8 @@ def save_pretrained(
         weights = {CHECKPOINT: buffer.getvalue()}
     else:
         weights = {SAFETENSORS: safetensors.torch.save(state, metadata)}
+    if layout == "transformers":
+        weights["preprocessor_config.json"] = preprocessor_config()
     dtype = next(model.parameters()).dtype
     write_folder(Path(folder), {**weights, "config.json": folder_config(model.config, layout, dtype, save)})
 
