@@ -52,7 +52,8 @@ def walked_features(
 
 def paired(x: Tensor) -> Tensor:
     """(2 B, ...), all of image 0 first -> (2 B, ...), the images of a pair side by side, as transformers has them."""
-    return x.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+    pairs: Tensor = x.unflatten(0, (2, -1))
+    return pairs.transpose(0, 1).flatten(0, 1)
 
 
 def run_block(block: nn.Module, x: Tensor) -> Tensor:
