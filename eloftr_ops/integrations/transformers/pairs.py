@@ -75,7 +75,7 @@ def plain_image(image: Image.Image) -> npt.NDArray[Any]:
         image = Image.alpha_composite(white, layers).convert("RGB")
     if image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
-    pixels: npt.NDArray[Any] = np.asarray(image)
+    pixels: npt.NDArray[Any] = np.array(image)  # a copy, which may be written to
     return pixels
 
 
