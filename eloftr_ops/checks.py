@@ -88,12 +88,15 @@ def check_range(name: str, image: Tensor, mask: Tensor | None) -> None:
         )
 
 
-def check_features(name: str, features: Any, widths: tuple[int, ...], device: torch.device) -> Features:
-    """What ``extract_features`` of a model of the same widths returned.
+def check_features(
+    name: str, features: Any, widths: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Features:
+    """What ``extract_features`` of a model of the same widths and dtype returned. Errors name the entry.
 
     Raises:
-        TypeError: something else.
-        ValueError: missing or unknown entries, maps of another model or of images of another batch, another device.
+        TypeError: something else, or maps of another dtype (under autocast any floating one).
+        ValueError: missing or unknown entries, maps of another model or of images of another batch, another device,
+            values that are not finite.
     """
     if not isinstance(features, Mapping) or not all(isinstance(v, Tensor) for v in features.values()):
         raise TypeError(
@@ -113,6 +116,8 @@ def check_features(name: str, features: Any, widths: tuple[int, ...], device: to
         _check_shape(f"{name}[{key!r}]", features[key], (batch, channels, scale * height, scale * width))
     for key, value in features.items():
         _check_device(f"{name}[{key!r}]", value, device)
+    for key in maps:
+        _check_map(f"{name}[{key!r}]", features[key], dtype)
     mask = features.get("mask")
     if mask is not None:
         _check_shape(f"{name}['mask']", mask, (batch, 8 * height, 8 * width))
@@ -162,6 +167,20 @@ def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"{name}: expected shape {shape}, got {tuple(x.shape)}. Extract the features with this model."
         )
+
+
+def _check_map(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """One reduction, as `check_range`; skipped while compiling."""
+    expected = _FLOATS if torch.is_autocast_enabled(x.device.type) else (dtype,)
+    if x.dtype not in expected:
+        raise TypeError(
+            f"{name}: expected {' or '.join(map(str, expected))}, got {x.dtype}. Extract the features with this model."
+        )
+    if torch.compiler.is_compiling() or x.numel() == 0:
+        return
+    low, high = torch.aminmax(x.detach())
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity. Extract the features again.")
 
 
 def _check_device(name: str, x: Tensor, device: torch.device) -> None:

@@ -13,6 +13,8 @@ WeightLayout = Literal["eloftr_ops", "authors", "transformers"]
 
 
 _ARCHITECTURE = ("stage_channels", "stage_blocks", "num_layers", "num_heads")  # what shapes the weights
+_WIDEST = 63  # cells of the soft neighbourhood; memory grows with the square
+_LARGEST_SCALE = 1e6
 
 
 def check_choice(name: str, value: Any, choices: Any) -> Any:
@@ -88,8 +90,7 @@ class EfficientLoFTRConfig:
             _check_int(name, getattr(self, name), minimum=1)
         _check_int("border_removal", self.border_removal, minimum=0)
         for name in ("temperature", "subpixel_temperature", "soft_temperature"):
-            if not _number(name, getattr(self, name)) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}.")
+            _check_scale(name, getattr(self, name))
         check_choice("score", self.score, ScoreKind)
         check_choice("gradient_mode", self.gradient_mode, GradientMode)
         for name in ("round_rotary", "centred_subpixel"):
@@ -108,8 +109,10 @@ class EfficientLoFTRConfig:
                 f"subpixel_channels: expected fewer than the fine channels, stage_channels[1] = {self.fine_channels}, "
                 f"got {self.subpixel_channels}."
             )
-        if self.soft_neighbourhood % 2 == 0:
-            raise ValueError(f"soft_neighbourhood: expected an odd number, got {self.soft_neighbourhood}.")
+        if self.soft_neighbourhood % 2 == 0 or self.soft_neighbourhood > _WIDEST:
+            raise ValueError(
+                f"soft_neighbourhood: expected an odd number of at most {_WIDEST}, got {self.soft_neighbourhood}."
+            )
         threshold = _number("threshold", self.threshold)
         if threshold != threshold or (self.score == "dual_softmax" and not 0 <= threshold <= 1):
             raise ValueError(
@@ -183,8 +186,9 @@ def _positive_tuple(name: str, value: Any, length: int, kind: type) -> tuple[Any
     if kind is int:
         for item in value:
             _check_int(name, item, minimum=1)
-    elif not all(_number(name, item) > 0 for item in value):
-        raise ValueError(f"{name}: expected positive numbers, got {value!r}.")
+    else:
+        for item in value:
+            _check_scale(name, item)
     return tuple(kind(item) for item in value)
 
 
@@ -193,6 +197,14 @@ def _check_int(name: str, value: Any, *, minimum: int) -> None:
         raise TypeError(f"{name}: expected an int, got {value!r}.")
     if value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}.")
+
+
+def _check_scale(name: str, value: Any) -> None:
+    """A positive number that neither overflows nor vanishes when scores or positions are multiplied by it."""
+    if not 1 / _LARGEST_SCALE <= _number(name, value) <= _LARGEST_SCALE:
+        raise ValueError(
+            f"{name}: expected a positive number in [{1 / _LARGEST_SCALE:g}, {_LARGEST_SCALE:g}], got {value!r}."
+        )
 
 
 def _number(name: str, value: Any) -> float:

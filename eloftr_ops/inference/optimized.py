@@ -17,6 +17,7 @@ from eloftr_ops.types import CoarseOutput, Features
 
 _REMEDY = "Use the matcher that it was made from."
 FLOAT_STAGES = 2  # of the backbone, with bfloat16 behind them
+_COMPILED = ("transform", "fine_features")  # methods that are compiled beside the backbone
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -68,10 +69,25 @@ class InferenceMatcher(EfficientLoFTR):
             keep_small_blocks()
             if dtype in (None, torch.float32) and self.dtype is torch.float32 and not compiled:
                 use_winograd(self)
-        if compiled:
-            backend = "inductor" if compiled is True else compiled
-            for owner, name in ((self.backbone, "forward"), (self, "transform"), (self, "fine_features")):
-                setattr(owner, name, torch.compile(getattr(owner, name), backend=backend, dynamic=False))
+        self._backend = "inductor" if compiled is True else compiled or None
+        self._compile()
+
+    def _compile(self) -> None:
+        if self._backend is None:
+            return
+        self.backbone.compile(backend=self._backend, dynamic=False)
+        for name in _COMPILED:
+            setattr(self, name, torch.compile(getattr(self, name), backend=self._backend, dynamic=False))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without compiled methods, which would go on with this matcher's weights in a copy."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in state.items() if name not in _COMPILED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or one read from a file, compiles for itself."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._compile()
 
     def _round_wide_convolutions(self) -> None:
         """To bfloat16 what :class:`InferenceMatcher` says; what stays in float32 must not pass through it."""

@@ -145,8 +145,11 @@ def pair_confidence(
 def interior_cells(grid: tuple[int, int], mask: Tensor | None, border: int, device: torch.device) -> Tensor:
     """(1 or B, h * w) bool: cells with nothing but valid cells within ``border`` of them, the outside being invalid."""
     valid = torch.ones((1, *grid), device=device) if mask is None else mask.float()
-    padded = F.pad(valid, [border] * 4)
-    return (-F.max_pool2d(-padded[:, None], 2 * border + 1, stride=1)[:, 0] > 0).flatten(1)
+    border = min(border, max(grid))  # more leaves no cell either
+    padded = -F.pad(valid, [border] * 4)[:, None]
+    for sides in ((2 * border + 1, 1), (1, 2 * border + 1)):  # one axis after the other: linear in the border
+        padded = F.max_pool2d(padded, sides, stride=1)
+    return (-padded[:, 0] > 0).flatten(1)
 
 
 def _cells(

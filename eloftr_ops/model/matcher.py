@@ -31,6 +31,7 @@ from eloftr_ops.model.transformer import CoarseTransformer
 from eloftr_ops.types import CELL, CoarseMatches, CoarseOutput, Features, ImageInput, Matches, PairInput
 
 SIZE_MULTIPLE = 32  # of the padded image: 4x4 aggregation of cells of 8x8 pixels
+_KORNIA_NAMES = {"outdoor": "zju-community/efficientloftr"}  # what kornia calls LoFTR's weights of that data
 
 
 class EfficientLoFTR(LoFTR):
@@ -59,17 +60,48 @@ class EfficientLoFTR(LoFTR):
     nothing of its constructor or its layers is used.
 
     Args:
-        config: architecture and matching parameters; the authors' model by default.
+        config: architecture and matching parameters; the authors' model by default. Or a name of weights, as
+            ``pretrained``.
         fused: build the backbone with re-parameterised blocks (inference form).
+        pretrained: weights to start with, as :meth:`from_pretrained` takes them, in evaluation mode, the way
+            ``kornia.feature.LoFTR`` is built; ``outdoor`` is the authors' release on the Hub.
+
+    Raises:
+        TypeError: ``config`` is neither.
+        ValueError: as :meth:`from_pretrained`; or ``fused`` with weights, whose form decides.
     """
 
-    def __init__(self, config: EfficientLoFTRConfig | None = None, *, fused: bool = False) -> None:
+    def __init__(
+        self,
+        config: EfficientLoFTRConfig | str | None = None,
+        *,
+        fused: bool = False,
+        pretrained: str | None = None,
+    ) -> None:
         nn.Module.__init__(self)  # LoFTR's own constructor would build LoFTR's layers
+        if isinstance(config, str):
+            config, pretrained = None, config
         config = config or EfficientLoFTRConfig()
+        if not isinstance(config, EfficientLoFTRConfig):
+            raise TypeError(
+                f"config: expected an EfficientLoFTRConfig or a name of weights, got {type(config).__name__}."
+            )
+        if pretrained is not None:
+            self._adopt(EfficientLoFTR.from_pretrained(_KORNIA_NAMES.get(pretrained, pretrained)), fused)
+            return
         self.backbone: RepVGG = RepVGG(config, fused=fused)  # type: ignore[assignment]
         self.transformer = CoarseTransformer(config)
         self.pyramid = FeaturePyramid(config)
         self._config = config
+
+    def _adopt(self, loaded: EfficientLoFTR, fused: bool) -> None:
+        if fused:
+            raise ValueError(
+                "fused: expected False with weights, which have one form. Call .fused() afterwards."
+            )
+        self._config = loaded.config
+        self.backbone, self.transformer, self.pyramid = loaded.backbone, loaded.transformer, loaded.pyramid
+        self.eval()
 
     @property  # type: ignore[override]
     def config(self) -> EfficientLoFTRConfig:
@@ -243,7 +275,9 @@ class EfficientLoFTR(LoFTR):
         for side in "01":
             if f"features{side}" in data:
                 widths = self.config.stage_channels[1:]
-                sides.append(check_features(f"features{side}", data[f"features{side}"], widths, self.device))
+                dtype = next(self.pyramid.parameters()).dtype  # that of the backbone's maps
+                given = data[f"features{side}"]
+                sides.append(check_features(f"features{side}", given, widths, self.device, dtype))
                 continue
             mask = None
             pixels = check_image(f"image{side}", data[f"image{side}"], self.device)

@@ -53,16 +53,26 @@ class WinogradConv3x3(nn.Module):
         if not pays(conv):
             raise ValueError(f"conv: expected a convolution that Winograd's algorithm pays for, got {conv}.")
         self.conv = conv
-        a, g, b = transforms()
-        with torch.no_grad():
-            made = {
-                "weight": torch.einsum("ia,jb,ocab->ijco", g, g, conv.weight.double()).flatten(0, 1),
-                "bias": torch.zeros(conv.out_channels) if conv.bias is None else conv.bias,
-                "of_inputs": torch.kron(b, b).mT,
-                "of_products": torch.kron(a, a).mT,
-            }
+        a, _, b = transforms()
+        made = {
+            "weight": torch.empty(0),
+            "bias": torch.empty(0),
+            "of_inputs": torch.kron(b, b).mT,
+            "of_products": torch.kron(a, a).mT,
+        }
         for name, tensor in made.items():
             self.register_buffer(name, tensor.to(conv.weight).contiguous(), persistent=False)
+        self._transform()
+
+    def _transform(self) -> None:
+        """Compute what is derived from the convolution's weights, and note from which."""
+        conv, g = self.conv, transforms()[1]
+        with torch.no_grad():
+            g = g.to(conv.weight.device)
+            transformed = torch.einsum("ia,jb,ocab->ijco", g, g, conv.weight.double()).flatten(0, 1)
+            self.weight = transformed.to(conv.weight).contiguous()
+            self.bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.clone()
+        self._made_of = _versions(conv)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H, W), channels last in memory."""
@@ -75,6 +85,8 @@ class WinogradConv3x3(nn.Module):
             or rows * columns < LEAST_TILES
         ):
             return self.conv(x)  # type: ignore[no-any-return]
+        if self._made_of != _versions(self.conv):  # load_state_dict, an assignment, a copy
+            self._transform()
         edges = (0, 0, 1, 1 + columns * OUTPUTS - width, 1, 1 + rows * OUTPUTS - height)
         padded = F.pad(x.permute(0, 2, 3, 1), edges)
         result = x.new_empty((len(x), rows, OUTPUTS, columns, OUTPUTS, self.weight.shape[2]))
@@ -95,6 +107,12 @@ class WinogradConv3x3(nn.Module):
             products.baddbmm_(some, weight)
         outputs = self.of_products @ products.transpose(0, 1)
         return outputs.view(*tiles.shape[:2], OUTPUTS, OUTPUTS, -1).transpose(1, 2)
+
+
+def _versions(conv: nn.Conv2d) -> list[tuple[int, int]]:
+    """Where the weights lie and how often they were changed in place."""
+    tensors = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
+    return [(x.data_ptr(), -1 if x.is_inference() else x._version) for x in tensors]
 
 
 def transforms() -> tuple[Tensor, Tensor, Tensor]:
