@@ -105,9 +105,9 @@ def look(facets: Facets, K: Tensor, T: Tensor) -> Views:
 def cast(views: Views, rays: Tensor) -> Hits:
     """First facet along each ray.
 
-    The coordinates (a, b, 1) of a facet, times the inverse depth, are linear in the ray: neither a division nor a
-    special case is needed, and a facet is met where |a| and |b|, so scaled, stay below the inverse depth. Of equally
-    near facets the first counts.
+    The coordinates (a, b, 1) of a facet, times the inverse depth, are linear in the ray, so no division is needed. A
+    ray hits a facet where the scaled |a| and |b| are below the inverse depth. Of equally near facets the first one
+    counts.
 
     Args:
         views: N cameras with at most 256 facets.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image pairs of random scenes in space, with exact depth, pose and intrinsics.
 
-A scene is a far wall, at times a floor and a side wall, and textured panels and boxes before them; surfaces may cut
-into each other. Two cameras look at it. Everything is batched tensor code on the textures' device.
+A scene has a far wall, sometimes a floor and a side wall, and textured panels and boxes in front of them. Surfaces may
+intersect. Two cameras look at the scene. Everything is batched tensor code on the textures' device.
 
 Convention:
     Image points are (x, y) with the centre of pixel (x, y) at (x + 0.5, y + 0.5); ``K`` belongs to that frame. Camera
@@ -54,8 +54,7 @@ class SceneConfig:
         shift: largest difference of the points that they look at, per axis, in distances from the scene.
         focal: focal length in units of the longer image side is log-uniform in this interval.
         focal_ratio: largest ratio of their focal lengths, >= 1.
-        min_overlap: both images show each other, unoccluded, with about this share of their area at least; at
-            most 0.8.
+        min_overlap: least visible overlap of both images, about, as a share of their area; at most 0.8.
         tries: camera motions drawn before the last one is reduced.
         zoom: texture pixels per image pixel of a facet seen frontally are log-uniform in this interval, less where
             the texture is small.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The field's evaluation sets by name, with the protocol that goes with each."""
+"""The usual evaluation sets by name, each with its protocol."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["DATASETS", "EvaluationSet", "open_pairs"]
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """How papers use a data set.
+    """The usual protocol of a data set.
 
     Attributes:
         resize: pixels that longer images are reduced to.

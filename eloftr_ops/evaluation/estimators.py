@@ -7,8 +7,8 @@ Three by name:
 - ``ransac``: OpenCV's RANSAC, what the tables of LoFTR and EfficientLoFTR are made with;
 - ``project``: `eloftr_ops.geometry.estimate_robust`, and the least squares of `eloftr_ops.geometry` on its inliers.
 
-Points go into the estimators in coordinates scaled by the mean focal length, with thresholds in pixels: on coordinates
-of unit scale, as many scripts pass them, OpenCV's MAGSAC++ is less exact. RANSAC does not mind.
+Points are scaled by the mean focal length, and thresholds are in pixels. Many scripts use coordinates of unit scale,
+for which OpenCV's MAGSAC++ is less exact. RANSAC is equally exact for both.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def estimate_pose(
     estimator: str = "magsac",
     threshold: float = 0.5,
 ) -> Tensor | None:
-    """Relative pose from matches of which many may be wrong.
+    """Robust estimate of a relative pose; many matches may be wrong.
 
     Convention:
         Keypoints and intrinsics are in one frame, either one. The result is ``T_0to1``, ``X1 = R X0 + t``, |t| = 1.
@@ -94,7 +94,7 @@ def estimate_pose(
 def estimate_homography(
     keypoints0: Tensor, keypoints1: Tensor, *, estimator: str = "magsac", threshold: float = 3.0
 ) -> Tensor | None:
-    """Homography from matches of which many may be wrong.
+    """Robust estimate of a homography; many matches may be wrong.
 
     Convention:
         ``H_0to1`` in the keypoints' frame, either one. No gradient. Deterministic, as `estimate_pose`.

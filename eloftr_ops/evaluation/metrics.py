@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers that papers on matching report: pose error, corner error, precision, and the area under recall.
+"""The usual measures of matching: pose error, corner error, precision, and the area under the recall curve.
 
 Convention:
     Image points are (x, y) in pixels with the centre of pixel (x, y) at (x + 0.5, y + 0.5); intrinsics and homographies
@@ -35,7 +35,7 @@ _TINY = 1e-20  # squared length of an epipolar line's normal, below which the po
 
 
 class PoseErrors(NamedTuple):
-    """How far a pose is off, in degrees; infinite where there is none."""
+    """The errors of a pose in degrees; infinite if there is no pose."""
 
     rotation: float  # in [0, 180]
     translation: float  # angle between the directions up to sign, in [0, 90]
@@ -93,7 +93,7 @@ def pose_errors(
           counting as equal, because an essential matrix leaves the sign open (as SuperGlue and LoFTR).
         - A true translation shorter than ``least_baseline`` (a pure rotation) has no direction: the translation error
           is 0.
-        - An estimated translation of zero has none either, which is an error: 90 degrees.
+        - An estimated translation of zero has no direction: its error is 90 degrees.
 
     Args:
         T_0to1_estimated: (4, 4), translation in any unit.
@@ -155,8 +155,8 @@ def overlap_error(
 ) -> float:
     """Mean distance in image 1 between two homographies on what both images show.
 
-    Corners that image 1 does not show extrapolate the true homography beyond where it was measured; this error stays
-    inside: on a grid of 12 x 12 points of image 0, those that the truth puts into image 1.
+    Corners outside image 1 extrapolate the true homography. This error does not: it takes a grid of 12 x 12 points of
+    image 0, and of these the points whose true position is in image 1.
 
     Convention:
         The grid runs from the centre of the first pixel to the centre of the last one, along both axes.
@@ -185,7 +185,7 @@ def overlap_error(
 
 
 def epipolar_errors(keypoints0: Tensor, keypoints1: Tensor, K0: Tensor, K1: Tensor, T_0to1: Tensor) -> Tensor:
-    """Squared symmetric epipolar distances in normalised coordinates, of which SuperGlue and LoFTR make the precision.
+    """Squared symmetric epipolar distances in normalised coordinates, for the precision as in SuperGlue and LoFTR.
 
     The sum over both images of the squared distance between a point and the epipolar line of its partner
     (Hartley and Zisserman, equation 11.10).

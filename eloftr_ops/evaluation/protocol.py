@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation measures, and how: the configuration, and one pair's results from its matches."""
+"""The configuration of an evaluation, and the results of one pair from its matches."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ _PACKAGES = ("torch", "kornia", "numpy", "opencv")
 
 @dataclass(frozen=True)
 class PairFailure:
-    """A pair that could not be evaluated: its files or labels are broken. It is in no average.
+    """A pair with broken files or labels. It is part of no average.
 
     Attributes:
         index: of the pair in its data set.
@@ -48,7 +48,7 @@ class PairFailure:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What an evaluation found.
+    """The results of an evaluation.
 
     Attributes:
         config: how it was measured.
@@ -70,7 +70,7 @@ class EvaluationResult:
         return len(self.pairs) + len(self.failures) == self.chosen
 
     def totals(self) -> dict[str, Any]:
-        """Counts, means, and under "pose" and "homography", where there are such pairs, their measures.
+        """Counts and means; measures under "pose" and "homography" if there are such pairs.
 
         AUC and precision are in percent. AUC pools all runs of all pairs; the error of a pose is the larger one of its
         two angles. Precision is the mean over pairs. Numbers without any pair are NaN.
@@ -93,7 +93,7 @@ class EvaluationResult:
         return totals
 
     def record(self, run: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Everything as plain JSON values; NaN and infinity, which JSON lacks, become None.
+        """Everything as plain JSON values. NaN and infinity become None, because JSON has neither.
 
         Args:
             run: what else was configured, stored as it is: data set, weights, device, ...

@@ -40,7 +40,7 @@ def evaluate(
 
     Args:
         matcher: for instance `EfficientLoFTR` or `kornia.feature.LoFTR`, on ``device`` and in evaluation mode.
-        pairs: opened with ``PairOptions(min_overlap=None)``, so that no pair is left out for being hard.
+        pairs: opened with ``PairOptions(min_overlap=None)``, so that hard pairs are kept.
         config: how to measure; `EvaluationConfig` by default.
         limit: at most so many pairs, evenly spread over the data set.
         device: that images are moved to.
@@ -71,7 +71,7 @@ def evaluate_pairs(
     device: torch.device | str = "cpu",
     strict: bool = False,
 ) -> Iterator[PairResult | PairFailure]:
-    """Evaluate pairs one by one, for callers that show progress or keep what they have when interrupted.
+    """Evaluate pairs one by one. Callers can show progress, and keep the results after an interruption.
 
     Convention:
         - Keypoints of the matcher are in pixels of the images it gets; the centre of pixel (x, y) is

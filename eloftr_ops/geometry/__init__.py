@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two-view geometry from matches: batched, weighted, robust, differentiable.
 
-An ill-posed pair is flagged (`valid=False`) and gets zero gradient; it never raises and never disturbs the
+An ill-posed pair is flagged (`valid=False`) and gets zero gradient. It never raises an error, and never changes the
 other pairs of its batch.
 """
 

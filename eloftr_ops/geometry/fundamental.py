@@ -44,7 +44,7 @@ __all__ = ["FundamentalEstimate", "fundamental_from_matches", "fundamental_from_
 
 
 class FundamentalEstimate(NamedTuple):
-    """Fundamental matrices of B pairs, with what is known about them."""
+    """Fundamental matrices of B pairs, with flags and diagnostics."""
 
     F_0to1: Tensor  # (B, 3, 3), rank 2, unit norm, largest entry positive; zero where not valid
     valid: Tensor  # (B,) bool: the matches determine a fundamental matrix

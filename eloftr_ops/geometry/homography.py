@@ -45,7 +45,7 @@ DEFAULT_ROBUST_STEPS = 20
 
 
 class HomographyEstimate(NamedTuple):
-    """Homographies of B pairs, with what is known about them."""
+    """Homographies of B pairs, with flags and diagnostics."""
 
     H_0to1: Tensor  # (B, 3, 3), determinant 1; the identity where not valid
     valid: Tensor  # (B,) bool: the matches determine a homography

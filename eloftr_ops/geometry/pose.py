@@ -41,7 +41,7 @@ STEPS_OF_STARTS = 10
 
 
 class EssentialEstimate(NamedTuple):
-    """Essential matrices of B pairs, with what is known about them."""
+    """Essential matrices of B pairs, with flags and diagnostics."""
 
     E_0to1: Tensor  # (B, 3, 3), unit norm, largest entry positive; zero where not valid
     valid: Tensor  # (B,) bool: the matches determine an essential matrix
@@ -51,7 +51,7 @@ class EssentialEstimate(NamedTuple):
 
 
 class PoseEstimate(NamedTuple):
-    """Relative poses of B pairs, with what is known about them."""
+    """Relative poses of B pairs, with flags and diagnostics."""
 
     T_0to1: Tensor  # (B, 4, 4), X1 = R X0 + t, |t| = 1; the identity where not valid
     valid: Tensor  # (B,) bool: the matches determine rotation and translation direction

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses: per pair, weighted, explicitly reduced, finite at perfection and at infinity."""
+"""Losses: per pair, weighted, with explicit reduction; finite for perfect matches and for matches at infinity."""
 
 from eloftr_ops.losses.epipolar import sampson_loss, symmetric_epipolar_loss, weak_pose_loss
 from eloftr_ops.losses.homography import (

@@ -123,8 +123,8 @@ def window_losses(
 def subpixel_divergence(scores: Tensor, offsets: Tensor) -> Tensor:
     r""":math:`\mathrm{KL}(w(o) \,\|\, \mathrm{softmax}(s))` of 3x3 scores from the bilinear weights of offsets.
 
-    The weights :math:`w(o)` are those of bilinear interpolation at :math:`o`; their expectation is :math:`o`. Where the
-    squared distance asks for the right mean alone, this asks for the right shape.
+    The weights :math:`w(o)` are those of bilinear interpolation at :math:`o`; their expectation is :math:`o`. The
+    squared distance fixes only the mean of the distribution; the divergence fixes its shape, too.
 
     Convention:
         Rows first, offsets (x, y) in pixels from the centre of the neighbourhood.

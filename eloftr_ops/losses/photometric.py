@@ -31,7 +31,7 @@ def photometric_loss(
           sampling is bilinear. Units: grey values, or standard deviations with `match_contrast`.
         - A pixel counts where it lands inside image 1, in front of the camera. The mask carries no gradient.
         - A pair whose overlap is below `least_overlap` of image 0 costs zero with zero gradient: there is
-          nothing to compare. A loss alone must therefore not be trusted to keep the images overlapping.
+          nothing to compare. So this loss alone does not keep the images overlapping.
         - At equal images and the identity, value and gradient are zero; both are finite on constant images.
 
     Args:

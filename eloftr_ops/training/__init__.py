@@ -3,5 +3,5 @@
 
 ``config`` and ``config_file`` (what a run is), ``data`` and ``batches`` (which pairs), ``supervision`` (true matches),
 ``objective`` and ``end_to_end`` (losses), ``trainer`` (a step over all processes), ``loop`` (a run), ``checkpoints``.
-Needs the extra ``train``, but for ``supervision``, ``objective`` and ``end_to_end``.
+All but ``supervision``, ``objective`` and ``end_to_end`` need the extra ``train``.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The batch that training works on: pairs from any source, whatever is known about each of them.
+"""The batch of a training step: pairs from any source, with the labels that each pair has.
 
 Convention:
     Image points are (x, y) with the centre of pixel (x, y) at (x + 0.5, y + 0.5); intrinsics and homographies belong
@@ -25,7 +25,7 @@ HOMOGRAPHY, DEPTH, POSE = 0, 1, 2  # what is known about a pair
 
 
 class TrainingBatch(NamedTuple):
-    """B pairs; labels that a pair lacks are identities and zeros, ``kinds`` says which count."""
+    """B pairs. Missing labels are identities and zeros; ``kinds`` says which labels are valid."""
 
     image0: Tensor  # (B, 1, H, W) float32 in [0, 1]
     image1: Tensor  # (B, 1, H, W)
@@ -117,7 +117,7 @@ def batch_of_labelled(pair: ImagePair, size_hw: tuple[int, int], seed: int) -> T
 
 
 def join_batches(parts: Sequence[TrainingBatch]) -> TrainingBatch | None:
-    """One batch of several pairs of one step; None of none."""
+    """Join several pairs of a step to one batch; None for no pair."""
     if not parts:
         return None
     columns: dict[str, Tensor | None] = {}
@@ -138,7 +138,7 @@ def _grid(image: Tensor) -> tuple[int, int]:
 
 
 def _reduced(pair: ImagePair, size_hw: tuple[int, int]) -> ImagePair:
-    """Both images no larger than ``size_hw``, aspect kept, labels along."""
+    """Reduce both images to at most ``size_hw`` with the same aspect; labels are adapted."""
     changes: dict[str, Tensor] = {}
     scales = []
     for side in "01":

@@ -26,7 +26,7 @@ def parse_duration(text: str) -> float:
 
 
 class Budget:
-    """Time that is over before it is over: what closing the run takes is set aside.
+    """A wall-clock budget that reserves time for the last checkpoint.
 
     Args:
         seconds: from now on; None for no end.
@@ -44,12 +44,12 @@ class Budget:
         return self._clock() - self._start
 
     def took(self, what: str, since: float) -> None:
-        """Something that will be done again took from ``since`` (of ``elapsed``) until now."""
+        """Note that a repeated action took from ``since`` (a value of ``elapsed``) until now."""
         self.noted = self.elapsed
         self._longest[what] = max(self._longest.get(what, 0.0), self.noted - since)
 
     def is_over(self, *upcoming: str) -> bool:
-        """Whether what comes up, each as long as it ever took and half as long again, might not fit any more."""
+        """Whether the next actions may not fit any more; each counts with 1.5 times its longest duration."""
         if self._seconds is None:
             return False
         needed = _RESERVE + 1.5 * sum(self._longest.get(what, 0.0) for what in upcoming)

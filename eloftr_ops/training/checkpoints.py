@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that a kill cannot break: pieces first, then the manifest that makes them count.
+"""Checkpoints that survive a kill: the pieces are written first, then the manifest that makes them valid.
 
 ``step-00001200.json`` lists size and SHA-256 of ``step-00001200.000``, ``.001`` ...; joined they are what
 ``torch.save`` wrote. They are read by ``torch.load(weights_only=True)``: nothing in them is ever executed.
@@ -60,9 +60,9 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its step; None where there never was one.
+    """Load the newest complete checkpoint and its step; None if there was never one.
 
-    One that is damaged is passed over with a ``UserWarning``.
+    A damaged checkpoint is skipped with a ``UserWarning``.
 
     Raises:
         CheckpointError: there are checkpoints, but none that can be used.

@@ -34,12 +34,12 @@ class ModelConfig:
     """What is trained.
 
     Args:
-        preset: of :class:`eloftr_ops.EfficientLoFTRConfig`, with random weights; not looked at if ``weights`` is set.
+        preset: of :class:`eloftr_ops.EfficientLoFTRConfig`, with random weights; ignored if ``weights`` is set.
         weights: to start from: a name, file, folder or Hub repository, as ``from_pretrained`` takes them.
         changes: fields of the model's configuration to set over the preset's or the weights' own.
-        freeze_batch_norm: normalise with the stored statistics and leave them as they are; their scale and shift are
-            trained all the same. Makes pairs independent of each other, so that the number of processes and of
-            accumulated parts changes nothing but rounding.
+        freeze_batch_norm: normalise with the stored statistics, and do not update them; scale and shift are still
+            trained. Pairs are then independent of each other, so the number of processes and of micro-batches changes
+            only the rounding.
         sync_batch_norm: statistics of the joined batch of all processes; CUDA only.
         channels_last: weights of convolutions in channels-last order.
         compile: ``torch.compile`` backbone, transformer and pyramid.
@@ -98,17 +98,17 @@ class DataConfig:
 
     Args:
         textures: folder of images without labels, of any kind and depth of folders, that pairs are rendered from.
-        max_images: so many of them at most are held in memory.
+        max_images: the largest number of images in memory.
         procedural: textures drawn by chance beside them.
         procedural_weight: how often one of those is drawn, relative to an image.
         sources: the mixture.
         homographies: how homographies are rendered.
         scenes: how scenes are rendered.
         sizes: (height, width) of the pairs, one drawn per step. Labelled images are reduced and filled up to it.
-        batch_pixels: pixels per image side of a step, over all processes and accumulated parts: the step has as many
-            pairs of its size as fit, one at least.
-        workers: processes that prepare pairs ahead; 0 prepares them in between.
-        strict: stop at a file that cannot be used, instead of passing it over.
+        batch_pixels: pixels of one image side, summed over the pairs of a step (all processes and micro-batches). The
+            step has as many pairs of its size as fit, and at least one.
+        workers: processes that prepare pairs in advance; with 0 the training process prepares them.
+        strict: stop at a file that cannot be used, instead of skipping it.
 
     Raises:
         ValueError: a value out of range, or rendered pairs without a texture.
@@ -145,7 +145,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What is learnt from a batch.
+    """The losses of a batch.
 
     Args:
         windows: true pairs of cells whose windows the fine losses look at, expected number per step.
@@ -198,7 +198,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, its schedule and what guards it.
+    """AdamW, its learning rate schedule, and its safeguards.
 
     Args:
         learning_rate: after warm-up.
@@ -207,7 +207,7 @@ class OptimizerConfig:
         pyramid_rate: factor on the rate of the feature pyramid.
         weight_decay: of matrices and kernels; norms and biases are not decayed.
         clip_norm: largest gradient norm.
-        accumulate: parts that a process goes through its share of a step in; less memory, the same gradient.
+        accumulate: micro-batches per process and step; more of them need less memory and give the same gradient.
         ema_decay: of the averaged weights, which are validated and exported; smaller over the first steps.
         max_bad_steps: non-finite steps in a row (skipped, counted) after which the run stops.
 
@@ -268,7 +268,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where, how long, on what.
+    """Folder, length, device and logging of a run.
 
     Args:
         folder: gets ``config.json`` and ``model.safetensors`` of the best weights, ``last`` with the last ones,
@@ -279,7 +279,7 @@ class RunConfig:
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: of Lightning Fabric.
         checkpoint_every: steps between checkpoints.
-        checkpoint_seconds: time after which a checkpoint is written all the same.
+        checkpoint_seconds: longest time between two checkpoints.
         checkpoint_piece_mib: split a checkpoint into files of at most so many MiB; None for one file.
         log_every: steps between log lines.
         tensorboard: write scalars for TensorBoard.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which pair is the n-th of a step: a mixture of sources in which every pair has its own generator.
 
-A pair depends on (seed, step, position in the step) alone. However many processes, accumulated parts or worker
-processes share a step, and wherever a run was interrupted, the step has the same pairs.
+A pair depends only on (seed, step, position in the step). So a step has the same pairs for any number of processes,
+micro-batches and workers, and after an interruption.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class _Shares(Sampler[list[Place]]):
 def batches(
     mixture: PairMixture, steps: range, *, process: int = 0, processes: int = 1, accumulate: int = 1
 ) -> Iterator[TrainingBatch | None]:
-    """What one process goes through: ``accumulate`` parts per step, None for a part without any pair.
+    """The micro-batches of one process, ``accumulate`` per step; None for a micro-batch without a pair.
 
     Args:
         mixture: the pairs.

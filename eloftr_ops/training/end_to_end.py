@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training through the geometry: images -> matches -> homography or relative pose -> loss.
 
-No match labels: the gradient goes from the error of the estimated model through the estimator to every match, to its
-position in both images and to its confidence, and from there to all weights. Memory is linear in cells and matches.
+It needs no match labels. The gradient flows from the error of the estimated model through the estimator to each match,
+to its position in both images and to its confidence, and from there to all weights. Memory is linear in the number of
+cells and matches.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ class EndToEndConfig:
 
     Args:
         mode: of the matcher; ``hard`` leaves keypoints0, and the coarse choice of both sides, without gradient.
-        robust: kernel of the estimator, ``cauchy`` or ``geman_mcclure``; None for weighted least squares, where a wrong
-            match pulls the model and its confidence learns to fall. A kernel silences it, its gradient included.
+        robust: kernel of the estimator, ``cauchy`` or ``geman_mcclure``; None for weighted least
+            squares. In least squares a wrong match pulls the model, so its confidence learns to fall. A kernel
+            suppresses the match and its gradient.
         robust_scale: of the kernel: error in pixels at which a match starts to count as an outlier.
         corner_saturation: the most a pair can cost in the homography loss, pixels; None for no bound.
         pose_saturation: the most a pair can cost in the pose loss, radians; None for no bound.
@@ -42,7 +44,7 @@ class EndToEndConfig:
 
 
 class EndToEndLoss(NamedTuple):
-    """What one batch of B pairs gave."""
+    """The loss of one batch of B pairs."""
 
     loss: Tensor  # () mean over the valid pairs; zero, with zero gradient, if there is none
     per_pair: Tensor  # (B,), zero where not valid

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``train``: from a configuration to a folder that ``EfficientLoFTR.from_pretrained`` loads.
 
-One process, or several under ``torchrun``; interrupted at any moment, it goes on with the same pairs in the same order.
+One process, or several under ``torchrun``. After an interruption the run continues with the same pairs, in the same
+order.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from eloftr_ops.weights import save_pretrained
 
 
 class TrainingResult(NamedTuple):
-    """Where a run stands."""
+    """The state of a run when ``train`` returns."""
 
     folder: Path
     step: int
@@ -59,9 +60,9 @@ def train(
     Ctrl-C and SIGTERM end the run after the step that is being taken, with a checkpoint.
 
     Args:
-        config: the run. Where its folder holds checkpoints, it goes on from the last one that is whole.
+        config: the run. If its folder has checkpoints, the run continues from the last complete one.
         model: to start from, in place of ``config.model``'s.
-        until: stop after this step, as a kill would: without a checkpoint of it.
+        until: stop after this step without a checkpoint, like a kill.
         budget: seconds after which the run must have stopped, with a checkpoint.
         clock: seconds since any moment.
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a batch costs: first labels, without gradient, then sums of losses at them.
+"""The losses of a batch: first its labels, without gradient, then the sums of the losses.
 
-Losses are means over the true pairs and targets of the *joined* batch of all processes and accumulated parts. A part
-therefore gives sums and counts; whoever knows all counts divides.
+Losses are means over the true pairs and targets of the *joined* batch of all processes and micro-batches. So a
+micro-batch gives sums and counts; the trainer divides by the counts of all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TERMS = ("coarse", "pixel", "subpixel", "homography", "pose")
 
 
 class Labels(NamedTuple):
-    """What the losses of a batch look at; no gradient."""
+    """The labels of a batch; no gradient."""
 
     pairs: CoarsePairs  # true pairs of cells, ascending in the pair of images
     predicted: CoarsePairs | None  # the matcher's own, where labels need them
@@ -42,7 +42,7 @@ class Labels(NamedTuple):
 
 
 class BatchLosses(NamedTuple):
-    """Scalars; each is a mean over what it counts in the batch, zero with zero gradient where that is nothing."""
+    """Scalar losses, each a mean over its targets in the batch; zero, with zero gradient, without a target."""
 
     coarse: Tensor  # focal loss at true pairs of cells
     pixel: Tensor  # negative log-likelihood of true pixels
@@ -55,7 +55,7 @@ class BatchLosses(NamedTuple):
 def batch_losses(
     matcher: EfficientLoFTR, batch: TrainingBatch, config: LossConfig | None = None, *, fine: bool = True
 ) -> BatchLosses:
-    """All losses of one batch in one process; for experiments, and what training does otherwise part by part.
+    """All losses of one batch in one process, for experiments; training computes the same in micro-batches.
 
     Args:
         matcher: in training or evaluation mode, which decides on BatchNorm.
@@ -82,7 +82,7 @@ def term_weights(config: LossConfig) -> list[float]:
 def coarse_labels(
     matcher: EfficientLoFTR, batch: TrainingBatch, config: LossConfig, *, fine: bool = True
 ) -> Labels:
-    """True pairs of cells by homography, depth or, where only the pose is known, by the matcher's own proposals."""
+    """True pairs of cells from a homography or depth; from the matcher's own matches if only the pose is known."""
     grid0, grid1 = batch.grids
     kinds = set(batch.kinds.tolist())
     valid0, valid1 = _valid_cells(batch.valid0, grid0), _valid_cells(batch.valid1, grid1)
@@ -156,7 +156,7 @@ def fine_labels(batch: TrainingBatch, labels: Labels, config: LossConfig, total:
 
 
 def label_counts(batch: TrainingBatch, labels: Labels) -> Tensor:
-    """(5,) int64, in the order of ``TERMS``: what each loss is the mean over."""
+    """(5,) int64, in the order of ``TERMS``: the number of targets of each loss."""
     pixels = batch.kinds.new_zeros(()) if labels.targets is None else labels.targets.visible.sum()
     flat = (batch.kinds == HOMOGRAPHY).sum()
     return torch.stack(

@@ -42,7 +42,7 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
 def averaged(matcher: EfficientLoFTR, decay: float) -> torch.optim.swa_utils.AveragedModel:
     """Exponential average of weights and BatchNorm statistics.
 
-    After n updates the decay is (1 + n) / (10 + n) at most: a short run would otherwise keep the weights it began with.
+    After n updates the decay is at most (1 + n) / (10 + n). Otherwise a short run would keep its initial weights.
     """
 
     def average(means: _Tensors, current: _Tensors, count: Tensor | int) -> None:

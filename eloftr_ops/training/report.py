@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells while it goes: ``log.jsonl``, TensorBoard scalars, a progress bar or plain lines."""
+"""The reports of a run: ``log.jsonl``, TensorBoard scalars, a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FIRST_PACE = 10.0  # seconds after which the time left is told for the first ti
 
 
 class Reporter:
-    """Of one process: all but the first say nothing.
+    """The reports of one process; only the first process writes any.
 
     Args:
         folder: of the run.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """True coarse pairs and true pixels from a homography, or from depth and pose; checked candidates from a pose alone.
 
-Labels are never computed at reduced precision: these functions take part in no autocast.
+Labels are always computed at full precision: autocast is off in these functions.
 
 Convention:
     Everything is in the keypoint frame (centre of pixel (x, y) at (x + 0.5, y + 0.5)), intrinsics included; cell
@@ -57,7 +57,7 @@ def pairs_from_homography(
 ) -> CoarsePairs:
     """Cells that are each other's nearest under the homography.
 
-    Points beyond the horizon have no match: the denominator has the determinant's sign before it. A singular
+    Points beyond the horizon have no match. In front of it the denominator has the sign of the determinant. A singular
     homography gives no pair.
 
     Args:
@@ -138,7 +138,7 @@ def window_targets_from_depth(
 ) -> WindowTargets:
     """True pixels in the windows of ``pairs``; arguments as :func:`pairs_from_depth`.
 
-    Window pixels whose surface image 1 does not show have no target. A pair that is wrong has none at all.
+    Window pixels have no target if image 1 does not show their surface. A wrong pair has no targets.
     """
     labels = DepthLabels(*(label.float() for label in labels))
     points0 = _window_points(pairs.cells0, grid0, labels.K0)
@@ -159,8 +159,8 @@ def pairs_consistent_with_pose(
 ) -> CoarsePairs:
     """Candidates that a pose alone does not rule out.
 
-    Without depth a pose says of no pair that it is true. What the matcher itself proposes and the pose admits may serve
-    as labels in its place.
+    A pose without depth does not say which pairs are true. Matches of the matcher itself that agree with the pose can
+    serve as labels instead.
 
     Args:
         candidates: pairs of cells, for instance the matcher's own.
@@ -197,10 +197,10 @@ def sample_pairs(pairs: CoarsePairs, count: int, generator: torch.Generator) -> 
 def pad_with_true_pairs(
     predicted: CoarsePairs, true: CoarsePairs, count: int, minimum: int, generator: torch.Generator
 ) -> CoarsePairs:
-    """What the fine stage trains on: predicted pairs, completed with true ones (ground-truth padding, LoFTR).
+    """Training pairs of the fine stage: predicted pairs, filled up with true ones (ground-truth padding, LoFTR).
 
-    Always ``count`` pairs, so that early in training, when hardly anything is matched, the fine stage learns too, and
-    so that memory does not depend on the batch. Without any true pair only predicted ones are left, perhaps none.
+    The result always has ``count`` pairs. So the fine stage also learns early in training, when there are few matches,
+    and memory does not depend on the batch. Without a true pair it has only predicted pairs, perhaps none.
 
     Args:
         predicted: pairs that the matcher selected; at most ``count - minimum`` are drawn of them.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One optimiser step over all processes, and the state that a run goes on from.
+"""One optimiser step over all processes, and the state from which a run continues.
 
-A step has as many parts as there are processes times accumulated parts. Each is labelled first; then all processes know
-what there is to take the mean over; then each part goes forward and backward. The gradient is that of one process with
-all pairs, but for BatchNorm where it is not frozen.
+A step has ``processes * accumulate`` micro-batches. First all are labelled, and the label counts are summed over all
+processes. Then each goes forward and backward. The gradient is that of one large batch, except for BatchNorm that is
+not frozen.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from eloftr_ops.training.optimization import averaged, build_optimizer, learning
 
 
 class StepResult(NamedTuple):
-    """What a step gave, the same in every process."""
+    """The results of a step, the same in each process."""
 
     loss: float
     losses: dict[str, float]  # by term: mean over the joined batch, before weights
@@ -44,7 +44,7 @@ class StepResult(NamedTuple):
 
 
 class Trainer:
-    """Model, optimiser, averaged weights, and how they take a step.
+    """The model, its optimiser and its averaged weights; ``take_step`` trains them.
 
     Args:
         config: of the run.
@@ -52,7 +52,7 @@ class Trainer:
         matcher: what is trained; moved to the device.
 
     Raises:
-        ValueError: a model that cannot be trained so.
+        ValueError: a model that cannot be trained with this configuration.
     """
 
     def __init__(self, config: TrainingConfig, fabric: Fabric, matcher: EfficientLoFTR) -> None:

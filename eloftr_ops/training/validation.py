@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good the matches are on rendered pairs whose homography is known."""
+"""Precision of the matches on rendered pairs of known homography."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading and saving weights: the embedded model, the authors' checkpoints, transformers' folders, the Hub.
 
-Nothing in a file is ever executed: files are safetensors, JSON, or read by ``torch.load(weights_only=True)``.
+No code in a file is executed: files are safetensors or JSON, or are read by ``torch.load(weights_only=True)``.
 """
 
 from eloftr_ops.weights.files import WeightsNotFoundError

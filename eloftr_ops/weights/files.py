@@ -22,7 +22,7 @@ JSON_LIMIT = 1_000_000  # bytes; a configuration takes about a thousand
 
 
 class WeightsNotFoundError(FileNotFoundError, ValueError):
-    """Weights that are not there, or cannot be fetched; the message says what to do."""
+    """The weights do not exist or cannot be downloaded; the message says what to do."""
 
 
 def read_content(path: Path) -> tuple[Mapping[Any, Any], dict[str, str]]:

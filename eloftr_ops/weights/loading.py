@@ -47,8 +47,8 @@ def load_pretrained(
             - the name of embedded weights (:func:`embedded_names`); write ``./small`` for a folder of that name;
             - a file: ``.safetensors``, or a checkpoint (``.ckpt``, ``.pth``, ``.pt``, ``.bin``): the authors', ours,
               or a trainer's, with the weights in nested dictionaries and under prefixes such as ``module.matcher.``.
-              Without a stored configuration the shapes tell the architecture, with 8 heads and the matching parameters
-              of ``full``; else pass ``config``;
+              Without a stored configuration the shapes give the architecture; heads (8) and matching parameters are
+              those of ``full``. Pass ``config`` for others;
             - a folder with ``config.json`` and weights, as :func:`save_pretrained` and transformers write, also in
               shards or as ``pytorch_model.bin``;
             - a Hub repository, ``organisation/name``, such as ``zju-community/efficientloftr``. A path whose first
@@ -61,9 +61,9 @@ def load_pretrained(
         entry: which weights to take where a file holds several, for instance averaged ones; the error lists them.
         device: of the model.
         dtype: of the model, whatever the file stores: float32, float64, float16 or bfloat16.
-        config: the description to use in place of the stored one.
-        threshold: to use in place of the configuration's, as the next four.
-        score: ``similarity`` is the authors' *optimized* inference; it wants another threshold (theirs: 25).
+        config: the configuration to use instead of the stored one.
+        threshold: replaces the field of the configuration; so do the next four.
+        score: ``similarity`` is the authors' *optimized* inference; it needs another threshold (theirs: 25).
         border_removal: in cells.
         position_scale: factors on rotary (row, column) positions.
         gradient_mode: default of the matcher's ``mode``.

@@ -45,7 +45,7 @@ def save_pretrained(
     Args:
         model: in training or re-parameterised form, on any device.
         folder: where; parent folders are made.
-        layout: what others can read:
+        layout: the names and files that are written:
 
             - ``eloftr_ops``: ``config.json`` and ``model.safetensors`` with our names;
             - ``authors``: ``model.ckpt``, ``{"state_dict": {"matcher.<name>": tensor}}`` with the authors' names, and
@@ -151,7 +151,7 @@ def _check_finite(state: Mapping[str, Tensor]) -> None:
 def _check_expressible(model: EfficientLoFTR, state: Mapping[str, Tensor]) -> None:
     if any(".fused." in name for name in state):
         raise ValueError(
-            "layout: transformers has no re-parameterised blocks; expected the model before fuse(), got a fused one. "
+            "layout: transformers has no re-parameterised blocks; expected the model before fused(), got a fused one. "
             "Save that one, or use layout='authors'."
         )
     if model.config.position_scale != (1.0, 1.0):
