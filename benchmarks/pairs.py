@@ -262,29 +262,35 @@ def _training(case: PairCase, context: Context) -> list[Entry]:
     """Forward, losses and backward of one batch; rendering and the optimiser are not counted."""
 
     def build(name: str, gated: bool) -> Run:
-        from eloftr_ops import EfficientLoFTR
-        from eloftr_ops.data.synthetic import HomographyBatch
         from eloftr_ops.inference.cpu.allocator import keep_all_memory
-        from eloftr_ops.training.batches import batch_of_rendered
-        from eloftr_ops.training.objective import batch_losses
 
         if context.device.type == "cpu" and not context.quick:
             keep_all_memory()  # as the command line's training does
-        model = EfficientLoFTR(plain_model("small").config).to(context.device).train()
-        image0, image1 = matchers.images(case.size, case.batch, context.device)
-        valid = torch.ones_like(image0, dtype=torch.bool)
-        identity = torch.eye(3, device=context.device).repeat(case.batch, 1, 1)
-        batch = batch_of_rendered(HomographyBatch(image0, image1, identity, valid, valid))
-
-        def run() -> None:
-            with torch.autocast(context.device.type, torch.bfloat16, enabled=name.endswith("bf16")):
-                losses = batch_losses(model, batch)
-            model.zero_grad(set_to_none=True)
-            (losses.coarse + losses.pixel + losses.subpixel).backward()
-
-        return run
+        return training_step(case.size, case.batch, context.device, dtype=name.split()[-1])
 
     return [_entry(f"eloftr_ops small {dtype}", build, case.batch) for dtype in ("fp32", "bf16")]
+
+
+def training_step(size: tuple[int, int], batch: int, device: torch.device, *, dtype: str) -> Run:
+    """Forward, losses and backward of ``batch`` pairs of (height, width) by a ``small`` model with random weights."""
+    from eloftr_ops import EfficientLoFTR
+    from eloftr_ops.data.synthetic import HomographyBatch
+    from eloftr_ops.training.batches import batch_of_rendered
+    from eloftr_ops.training.objective import batch_losses
+
+    model = EfficientLoFTR(plain_model("small").config).to(device).train()
+    image0, image1 = matchers.images(size, batch, device)
+    valid = torch.ones_like(image0, dtype=torch.bool)
+    identity = torch.eye(3, device=device).repeat(batch, 1, 1)
+    rendered = batch_of_rendered(HomographyBatch(image0, image1, identity, valid, valid))
+
+    def run() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+            losses = batch_losses(model, rendered)
+        model.zero_grad(set_to_none=True)
+        (losses.coarse + losses.pixel + losses.subpixel).backward()
+
+    return run
 
 
 def _import(case: PairCase, context: Context) -> list[Entry]:
