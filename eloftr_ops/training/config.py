@@ -22,11 +22,31 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
 RENDERED: tuple[SourceKind, ...] = ("homographies", "scenes")
 
 
+# What a typing error may not ask for: memory and time grow with these, and names of checkpoints have eight digits.
+_MOST: dict[str, float] = {
+    "steps": 99_999_999,
+    "seed": 2**63 - 1,
+    "max_images": 10_000_000,
+    "procedural": 100_000,
+    "batch_pixels": 2**31,
+    "workers": 1024,
+    "windows": 1_000_000,
+    "accumulate": 10_000,
+    "pairs": 1_000_000,
+}
+_MOST_OTHERWISE = 1e9
+_MAX_SIDE = 8192  # pixels
+
+
 def _at_least(name: str, value: float, least: float, *, exclusive: bool = False) -> None:
+    """Also not above what any run needs, and not NaN."""
+    most = _MOST.get(name, _MOST_OTHERWISE)
     if not (value > least if exclusive else value >= least):
         raise ValueError(
             f"{name}: expected {'more than' if exclusive else 'at least'} {least:g}, got {value}."
         )
+    if value > most:
+        raise ValueError(f"{name}: expected at most {most:.10g}, got {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +152,10 @@ class DataConfig:
         _at_least("procedural_weight", self.procedural_weight, 0, exclusive=True)
         if not self.sources:
             raise ValueError("sources: expected at least one, got none.")
-        if not self.sizes or any(min(size) < MIN_SIZE for size in self.sizes):
+        sides = [side for size in self.sizes for side in size]
+        if not sides or not MIN_SIZE <= min(sides) <= max(sides) <= _MAX_SIDE:
             raise ValueError(
-                f"sizes: expected (height, width) of at least {MIN_SIZE} pixels each, got {self.sizes}."
+                f"sizes: expected (height, width) of {MIN_SIZE} to {_MAX_SIDE} pixels each, got {self.sizes}."
             )
         rendered = [source.kind for source in self.sources if source.kind in RENDERED]
         if rendered and self.textures is None and self.procedural == 0:
@@ -261,7 +282,8 @@ class ValidationConfig:
     def __post_init__(self) -> None:
         _at_least("every", self.every, 0)
         _at_least("pairs", self.pairs, 1)
-        _at_least("size", min(self.size), MIN_SIZE)
+        if not MIN_SIZE <= min(self.size) <= max(self.size) <= _MAX_SIDE:
+            raise ValueError(f"size: expected {MIN_SIZE} to {_MAX_SIDE} pixels each, got {self.size}.")
         if not 0 <= self.hold_out <= 0.5:
             raise ValueError(f"hold_out: expected a share in [0, 0.5], got {self.hold_out}.")
 

@@ -2,10 +2,17 @@
 """Configuration files: errors name file and field, recipes can be read, nothing is lost on the way."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from eloftr_ops.training.config_file import config_to_dict, read_config, read_recipe, write_config
+from eloftr_ops.training.config_file import (
+    config_from_dict,
+    config_to_dict,
+    read_config,
+    read_recipe,
+    write_config,
+)
 
 LEAST = "run: {folder: runs/a}\ndata: {procedural: 2}\n"
 
@@ -69,3 +76,28 @@ def test_errors_name_file_and_field(tmp_path: Path, text: str, message: str) -> 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.yaml: cannot be read"):
         read_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("run", "steps", 10**8),
+        ("run", "checkpoint_seconds", float("inf")),
+        ("data", "workers", 10**6),
+        ("data", "procedural", 10**9),
+        ("data", "batch_pixels", 10**12),
+        ("data", "sizes", [[64, 10**6]]),
+        ("validation", "size", [10**6, 64]),
+        ("validation", "pairs", 10**9),
+        ("loss", "windows", 10**9),
+        ("loss", "fine_weight", float("inf")),
+        ("optimizer", "learning_rate", float("inf")),
+        ("optimizer", "accumulate", 10**9),
+    ],
+)
+def test_numbers_that_no_run_needs_are_refused(section: str, field: str, value: Any) -> None:
+    values: dict[str, Any] = {"run": {"folder": "x"}, "data": {"procedural": 1}}
+    config_from_dict(values)
+    values[section] = {**values.get(section, {}), field: value}
+    with pytest.raises(ValueError, match=rf"{section}\.{field}: expected"):
+        config_from_dict(values)
