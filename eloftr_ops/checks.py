@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eloftr_ops.types import Features
+from eloftr_ops.types import CELL, Features
 
 MIN_SIZE = 32
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -43,7 +43,13 @@ def check_image(name: str, image: Any, device: torch.device) -> Tensor:
 
 
 def check_mask(
-    name: str, mask: Any, image_name: str, shape: tuple[int, int, int], device: torch.device
+    name: str,
+    mask: Any,
+    image_name: str,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    *,
+    values: bool = True,
 ) -> Tensor:
     """A mask at the size of its image: (B, H, W), bool, or numbers of which zero means masked.
 
@@ -59,7 +65,7 @@ def check_mask(
             "Masks are given at image resolution."
         )
     _check_device(name, mask, device)
-    if mask.is_floating_point() and not _all_finite(mask):
+    if values and mask.is_floating_point() and not _all_finite(mask):
         raise ValueError(f"{name}: expected finite values, got NaN or infinity. Pass a bool mask.")
     return mask != 0
 
@@ -147,6 +153,22 @@ def check_pair(data: Any) -> None:
             raise ValueError(
                 f'mask{side}: expected together with "image{side}". Give the mask to extract_features instead.'
             )
+
+
+def check_max_matches(max_matches: Any, size0: tuple[int, ...], multiple: int) -> None:
+    """A number of matches that image 0, completed to multiples of ``multiple`` pixels, has coarse cells for.
+
+    Raises:
+        TypeError: no int.
+        ValueError: less than 1, or more than there are cells.
+    """
+    if isinstance(max_matches, bool) or not isinstance(max_matches, int):
+        raise TypeError(f"max_matches: expected an int, got {max_matches!r}.")
+    height, width = (-(-side // multiple) * multiple // CELL for side in size0)
+    if not 1 <= max_matches <= height * width:
+        raise ValueError(
+            f"max_matches: expected 1 to {height * width}, the coarse cells of image0, got {max_matches}."
+        )
 
 
 def check_same_batch(batch0: int, batch1: int) -> None:

@@ -112,6 +112,15 @@ class Matches(NamedTuple):
     batch_indexes: Tensor  # (M,) int64, ascending
 
 
+class StaticMatches(NamedTuple):
+    """The result with fixed shapes: K rows per pair, most confident first; rows that are not valid are zero."""
+
+    keypoints0: Tensor  # (B, K, 2) x, y in image 0, pixels, frame as in Matches
+    keypoints1: Tensor  # (B, K, 2) x, y in image 1, pixels
+    confidence: Tensor  # (B, K)
+    valid: Tensor  # (B, K) bool
+
+
 class CoarsePairs(NamedTuple):
     """True pairs of cells."""
 

@@ -84,6 +84,43 @@ def select_matches(coarse: CoarseOutput, config: EfficientLoFTRConfig) -> Coarse
     return CoarseMatches(batch[passed], cells0[passed], cells1[passed], confidence[passed])
 
 
+def select_top(
+    coarse: CoarseOutput, config: EfficientLoFTRConfig, count: int
+) -> tuple[CoarseMatches, Tensor]:
+    """As :func:`select_matches` with fixed shapes: the ``count`` pairs of cells with the highest scores of each pair.
+
+    Scores in descending order; of equal scores the cell of image 0 with the lower index comes first. Nothing here
+    waits for a device or branches on values.
+
+    Returns:
+        B * count matches, those of a pair together; and (B, count) bool, false for rows without a match, whose cells
+        are (0, 0).
+    """
+    nearest = nearest_of(coarse)
+    score = torch.where(mutual_nearest(coarse, config), nearest.score01, -torch.inf)
+    top, cells0 = _descending(score, count)
+    valid = top > -torch.inf
+    cells0 = cells0 * valid
+    cells1 = nearest.nearest01.gather(1, cells0) * valid
+    batch = torch.arange(score.shape[0], device=score.device)[:, None].expand_as(cells0).flatten()
+    cells0, cells1 = cells0.flatten(), cells1.flatten()
+    confidence = pair_confidence(coarse.scores, batch, cells0, cells1, config)
+    valid = valid & above_threshold(confidence, config).view_as(valid)
+    return CoarseMatches(batch, cells0, cells1, confidence), valid
+
+
+def _descending(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` highest values of each row and their indices, the first of equals first.
+
+    Exported graphs have no stable sort. They get TopK, which ONNX defines with the same order.
+    """
+    if torch.compiler.is_exporting():
+        values, indices = score.topk(count, 1)
+        return values, indices
+    values, indices = score.sort(stable=True, dim=1, descending=True)
+    return values[:, :count], indices[:, :count]
+
+
 def above_threshold(confidence: Tensor, config: EfficientLoFTRConfig) -> Tensor:
     """Bool of the shape of ``confidence``; a probability passes the threshold zero even where it is rounded to zero."""
     if config.score == "dual_softmax" and config.threshold == 0:

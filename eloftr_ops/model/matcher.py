@@ -18,17 +18,27 @@ from eloftr_ops.checks import (
     check_features,
     check_image,
     check_mask,
+    check_max_matches,
     check_pair,
     check_range,
     check_same_batch,
 )
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode, ScoreKind, WeightLayout, check_choice
 from eloftr_ops.model.backbone import RepVGG
-from eloftr_ops.model.coarse import match_cells, select_matches
+from eloftr_ops.model.coarse import match_cells, select_matches, select_top
 from eloftr_ops.model.fine import FeaturePyramid, keypoints_from_windows
 from eloftr_ops.model.stages import stage
 from eloftr_ops.model.transformer import CoarseTransformer
-from eloftr_ops.types import CELL, CoarseMatches, CoarseOutput, Features, ImageInput, Matches, PairInput
+from eloftr_ops.types import (
+    CELL,
+    CoarseMatches,
+    CoarseOutput,
+    Features,
+    ImageInput,
+    Matches,
+    PairInput,
+    StaticMatches,
+)
 
 SIZE_MULTIPLE = 32  # of the padded image: 4x4 aggregation of cells of 8x8 pixels
 _KORNIA_NAMES = {"outdoor": "zju-community/efficientloftr"}  # what kornia calls LoFTR's weights of that data
@@ -176,6 +186,58 @@ class EfficientLoFTR(LoFTR):
         check_range("image", image, mask)
         return self.extract(ImageInput(image, mask)).to_dict()
 
+    def match_static(
+        self,
+        image0: Tensor,
+        image1: Tensor,
+        mask0: Tensor | None = None,
+        mask1: Tensor | None = None,
+        *,
+        max_matches: int,
+        mode: GradientMode | None = None,
+    ) -> StaticMatches:
+        """Match a batch of pairs with fixed shapes: what exported and compiled graphs, and CUDA graphs, run.
+
+        With ``max_matches`` at least the number of matches, the valid rows are the matches of :meth:`forward`.
+        Otherwise they are those with the highest scores; of equal scores the lower cell of image 0 comes first.
+
+        Convention:
+            Images, masks, keypoints and confidence as :meth:`forward`, but values are not checked: reading them would
+            wait for the device. No shape depends on data, and nothing waits for the device.
+
+        Gradient:
+            As :meth:`forward` in the same mode; rows that are not valid give none.
+
+        Args:
+            image0: (B, 1, H0, W0) in [0, 1].
+            image1: (B, 1, H1, W1) in [0, 1].
+            mask0: (B, H0, W0), zero where there is no image.
+            mask1: (B, H1, W1).
+            max_matches: K, rows per pair; at most the coarse cells of image 0.
+            mode: ``hard``, ``straight_through`` or ``soft``; default ``config.gradient_mode``.
+
+        Raises:
+            ValueError: shapes, sizes, devices, ``max_matches`` out of range.
+            TypeError: types or dtypes other than these.
+        """
+        mode = check_choice("mode", mode or self.config.gradient_mode, GradientMode)
+        data = {"image0": image0, "image1": image1, "mask0": mask0, "mask1": mask1}
+        pair = self.check_input(data, values=False)
+        check_max_matches(max_matches, tuple(image0.shape[-2:]), SIZE_MULTIPLE)
+        features0, features1 = self.extract_pair(pair)
+        coarse0, coarse1 = self.transform(features0, features1)
+        coarse = match_cells(coarse0, coarse1, features0.coarse_mask, features1.coarse_mask, self.config)
+        selected, valid = select_top(coarse, self.config, max_matches)
+        matches = self.keypoints_of(features0, features1, coarse, selected, mode)
+        valid = valid & on_image(matches, features0, features1).view_as(valid)
+        keypoints0, keypoints1, confidence, _ = (x.unflatten(0, valid.shape) for x in matches)
+        return StaticMatches(
+            torch.where(valid[..., None], keypoints0, 0),
+            torch.where(valid[..., None], keypoints1, 0),
+            torch.where(valid, confidence, 0),
+            valid,
+        )
+
     def fused(self) -> EfficientLoFTR:
         """A copy in evaluation mode, its RepVGG branches folded into single convolutions.
 
@@ -264,8 +326,12 @@ class EfficientLoFTR(LoFTR):
         """Of the first weights: images are converted to it."""
         return next(self.parameters()).dtype
 
-    def check_input(self, data: Mapping[str, Any]) -> PairInput:
+    def check_input(self, data: Mapping[str, Any], *, values: bool = True) -> PairInput:
         """The input of :meth:`forward`, checked.
+
+        Args:
+            data: as for :meth:`forward`.
+            values: check the range of images and masks too, for which a GPU is waited for.
 
         Raises:
             ValueError, TypeError: as :meth:`forward`.
@@ -283,8 +349,11 @@ class EfficientLoFTR(LoFTR):
             pixels = check_image(f"image{side}", data[f"image{side}"], self.device)
             if data.get(f"mask{side}") is not None:
                 shape = (pixels.shape[0], *pixels.shape[-2:])
-                mask = check_mask(f"mask{side}", data[f"mask{side}"], f"image{side}", shape, self.device)
-            check_range(f"image{side}", pixels, mask)
+                mask = check_mask(
+                    f"mask{side}", data[f"mask{side}"], f"image{side}", shape, self.device, values=values
+                )
+            if values:
+                check_range(f"image{side}", pixels, mask)
             sides.append(ImageInput(pixels, mask))
         check_same_batch(len(sides[0][0]), len(sides[1][0]))
         return PairInput(*sides)
