@@ -44,13 +44,21 @@ class InferenceMatcher(EfficientLoFTR):
         dtype: of all weights and maps, but see above for bfloat16; None keeps the matcher's.
         compiled: compile the dense parts, once per image size: True for TorchInductor (on a CPU it needs a C++
             compiler, and tens of seconds), or the name of another ``torch.compile`` backend.
+        mixed: keep in float32 what bfloat16 keeps there, with float16 too.
+        winograd: use Winograd's algorithm where it pays.
 
     Raises:
         ValueError: a dtype that is not floating point.
     """
 
     def __init__(
-        self, matcher: EfficientLoFTR, *, dtype: torch.dtype | None = None, compiled: bool | str = False
+        self,
+        matcher: EfficientLoFTR,
+        *,
+        dtype: torch.dtype | None = None,
+        compiled: bool | str = False,
+        mixed: bool = False,
+        winograd: bool = True,
     ) -> None:
         nn.Module.__init__(self)
         if dtype is not None and dtype not in _DTYPES:
@@ -61,13 +69,13 @@ class InferenceMatcher(EfficientLoFTR):
         self.pyramid.fuse_()
         self.requires_grad_(False).eval()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if dtype is torch.bfloat16:
-            self._round_wide_convolutions()
+        if dtype is torch.bfloat16 or (mixed and dtype is torch.float16):
+            self._round_wide_convolutions(dtype)
         elif dtype is not None:
             self.to(dtype)
         if next(self.parameters()).device.type == "cpu":
             keep_small_blocks()
-            if dtype in (None, torch.float32) and self.dtype is torch.float32 and not compiled:
+            if winograd and dtype in (None, torch.float32) and self.dtype is torch.float32 and not compiled:
                 use_winograd(self)
         self._backend = "inductor" if compiled is True else compiled or None
         self._compile()
@@ -89,12 +97,12 @@ class InferenceMatcher(EfficientLoFTR):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._compile()
 
-    def _round_wide_convolutions(self) -> None:
-        """To bfloat16 what :class:`InferenceMatcher` says; what stays in float32 must not pass through it."""
+    def _round_wide_convolutions(self, dtype: torch.dtype) -> None:
+        """What :class:`InferenceMatcher` says; what stays in float32 must not pass through ``dtype``."""
         self.float()
         for part in (*self.backbone.stages[FLOAT_STAGES:], self.pyramid):
-            part.bfloat16()
-        self.backbone.stages[FLOAT_STAGES - 1].append(_To(torch.bfloat16))  # type: ignore[operator]
+            part.to(dtype)
+        self.backbone.stages[FLOAT_STAGES - 1].append(_To(dtype))  # type: ignore[operator]
 
     @torch.no_grad()
     def forward(self, data: Mapping[str, Any], *, mode: GradientMode | None = None) -> dict[str, Tensor]:

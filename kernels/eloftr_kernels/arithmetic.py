@@ -37,7 +37,7 @@ def first_max(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     and only the winning group is searched.
     """
     x = x.detach()
-    group = math.gcd(x.shape[dim], 64)
+    group = 1 if torch.compiler.is_compiling() else math.gcd(x.shape[dim], 64)
     if x.device.type != "cpu" or group < 32:
         values, indices = x.max(dim)
         return values, indices

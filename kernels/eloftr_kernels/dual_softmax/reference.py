@@ -213,6 +213,11 @@ def score_blocks(
     memory: Scratch | None = None,
 ) -> Iterator[Block]:
     """The scores block by block, rows in the outer loop; in ``memory`` where no gradient is kept."""
+    if torch.compiler.is_exporting():  # loops would be written out
+        whole, masked = slice(0, None), _masked(mask0, slice(0, None), mask1, slice(0, None))
+        scores = torch.matmul(features0 / temperature, features1.mT)
+        yield Block(whole, whole, scores if masked is None else scores.masked_fill(masked, MASKED), masked)
+        return
     step, width = _block_size(features1)
     for start in range(0, max(1, features0.shape[1]), step):
         rows = slice(start, start + step)
@@ -238,11 +243,14 @@ def _masked(mask0: Tensor | None, rows: slice, mask1: Tensor | None, columns: sl
 def _block_size(features1: Tensor) -> tuple[int, int]:
     """Rows and columns of a block."""
     columns = min(max(1, features1.shape[1]), BLOCK_COLUMNS)
-    rows = max(1, BLOCK_ELEMENTS // (max(1, features1.shape[0]) * columns))
+    batch = 1 if torch.compiler.is_compiling() else max(1, features1.shape[0])  # a graph may leave it open
+    rows = max(1, BLOCK_ELEMENTS // (batch * columns))
     return rows if rows < 64 else rows // 64 * 64, columns  # whole groups of first_max
 
 
 def block_memory(features0: Tensor, features1: Tensor) -> Scratch:
     """For one block of scores."""
     rows, columns = _block_size(features1)
+    if torch.compiler.is_exporting():
+        rows, columns = features0.shape[1], features1.shape[1]
     return Scratch(features1.shape[0] * min(rows, features0.shape[1]) * columns, features0)

@@ -74,7 +74,7 @@ def window_match(
         soft_temperature=soft_temperature,
     )
     chunk = CHUNK_CPU if map0.device.type == "cpu" else CHUNK
-    if len(batch) <= chunk:
+    if torch.compiler.is_compiling() or len(batch) <= chunk:  # loops would be written out
         return match(map0, map1, batch, cells0, cells1)
     if is_cpu_inference(map0):
         match = partial(
@@ -108,7 +108,7 @@ def _match(
 ) -> WindowMatches:
     """One chunk of matches."""
     channels = map0.shape[1]
-    order = _inside_first(map1.device)
+    order, place = _inside_first(map1.device)
     windows0 = windows(map0, batch, cells0, ring=0)
     windows1 = windows(map1, batch, cells1, ring=RING, order=order)
     sizes = [channels - subpixel_channels, subpixel_channels]
@@ -116,7 +116,7 @@ def _match(
     coarse1, sub1 = torch.split(windows1, sizes, -1)
     halves, over1 = _half_log_joint(coarse0, coarse1, channels, memory)
     index0, index1 = _best_pixels(halves, over1)
-    sub1 = sub1.index_select(1, order.argsort())
+    sub1 = sub1.index_select(1, place)
     subpixel1 = subpixel_expectation(sub0, sub1, index0, index1, subpixel_temperature, centred_subpixel)
     grid = pixel_offsets(halves)
     expected0 = expected1 = None
@@ -170,7 +170,7 @@ def pixel_log_joint(coarse0: Tensor, coarse1: Tensor, channels: int) -> Tensor:
         coarse1: (M, 100, D - d), rows first.
         channels: D.
     """
-    coarse1 = coarse1.index_select(1, _inside_first(coarse1.device))
+    coarse1 = coarse1.index_select(1, _inside_first(coarse1.device)[0])
     halves, over1 = _half_log_joint(coarse0, coarse1, channels)
     return 2 * halves - over1[..., None]
 
@@ -279,12 +279,16 @@ def _upsampling_matrix(ring: int, like: Tensor) -> Tensor:
     return torch.kron(weights, weights).to(like.dtype)  # sixteenths: exact in every dtype
 
 
-def _inside_first(device: torch.device) -> Tensor:
-    """(100,) pixels of the window with its ring: those of the window, then those of the ring, rows first."""
+def _inside_first(device: torch.device) -> tuple[Tensor, Tensor]:
+    """(100,) pixels of the window with its ring: those of the window, then those of the ring, rows first.
+
+    And the inverse, the place of each pixel in that order. No sort: exported graphs have no stable one.
+    """
     side = torch.arange(WINDOW + 2 * RING, device=device)
     within = (side >= RING) & (side < WINDOW + RING)
-    outside = ~(within[:, None] & within).flatten()
-    return outside.long().argsort(stable=True)
+    inside = (within[:, None] & within).flatten().long()
+    place = torch.where(inside > 0, inside.cumsum(0) - 1, WINDOW**2 - 1 + (1 - inside).cumsum(0))
+    return torch.zeros_like(place).scatter(0, place, torch.arange(len(place), device=device)), place
 
 
 def _inside(start: Tensor, size: int, side: int, ring: int) -> Tensor:
