@@ -37,12 +37,12 @@ class Features(NamedTuple):
 
     def split(self) -> tuple[Features, Features]:
         """Features of the first and of the second half of the batch."""
-        half, quarter, coarse = (x.chunk(2) for x in (self.half, self.quarter, self.coarse))
-        mask = (None, None) if self.mask is None else self.mask.chunk(2)
-        return (
-            Features(half[0], quarter[0], coarse[0], mask[0]),
-            Features(half[1], quarter[1], coarse[1], mask[1]),
+        count = self.coarse.shape[0] // 2
+        first, second = (
+            Features(*(None if x is None else x[part] for x in self))  # type: ignore[arg-type]
+            for part in (slice(count), slice(count, None))
         )
+        return first, second
 
     def to_dict(self) -> dict[str, Tensor]:
         """Tensors by name, batch first, without those that are None: what users keep."""

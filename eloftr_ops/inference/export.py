@@ -7,7 +7,7 @@ with the matcher it came from is not written.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import tempfile
 import time
@@ -108,7 +108,7 @@ def export(
     static = StaticMatcher(matcher, dtype=dtype, **options)  # type: ignore[arg-type]
     inputs = check_inputs(size, size1 or size, batch or 2, masks)
     with plain_operations():
-        expected = StaticMatcher(matcher, **options)(*inputs)  # type: ignore[arg-type]
+        expected = StaticMatches(*StaticMatcher(matcher, **options)(*inputs))  # type: ignore[arg-type]
         program = _traced(static, inputs, dynamic=batch is None)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
@@ -273,13 +273,11 @@ _WRITERS: dict[Format, Callable[[torch.export.ExportedProgram, Path, tuple[Tenso
 
 
 def _require(*packages: str) -> None:
-    for name in packages:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ImportError(
-                f"{name} is needed for ONNX export and is not installed. Run: pip install 'eloftr-ops[export]'"
-            ) from error
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"{', '.join(missing)}: needed for ONNX export and not installed. Run: pip install 'eloftr-ops[export]'"
+        )
 
 
 def _first_line(error: Exception) -> str:

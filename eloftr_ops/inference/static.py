@@ -19,7 +19,7 @@ OUTPUT_NAMES = StaticMatches._fields
 
 
 class StaticMatcher(nn.Module):
-    """Images and masks in, :class:`~eloftr_ops.types.StaticMatches` out, without gradient.
+    """Images and masks in, the fields of :class:`~eloftr_ops.types.StaticMatches` out, without gradient.
 
     Backbone branches and BatchNorms are folded. The weights are a copy.
 
@@ -58,11 +58,17 @@ class StaticMatcher(nn.Module):
 
     def forward(
         self, image0: Tensor, image1: Tensor, mask0: Tensor | None = None, mask1: Tensor | None = None
-    ) -> StaticMatches:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, 1, H0, W0), (B, 1, H1, W1) float32 in [0, 1] -> B * K rows; ``hard`` keypoints."""
-        return self.matcher.match_static(
+        keypoints0, keypoints1, confidence, valid = self.matcher.match_static(
             image0, image1, mask0, mask1, max_matches=self.max_matches, mode="hard"
         )
+        return (
+            keypoints0,
+            keypoints1,
+            confidence,
+            valid,
+        )  # a plain tuple: whoever loads the graph has no class of ours
 
 
 @contextlib.contextmanager

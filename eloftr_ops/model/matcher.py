@@ -355,7 +355,7 @@ class EfficientLoFTR(LoFTR):
             if values:
                 check_range(f"image{side}", pixels, mask)
             sides.append(ImageInput(pixels, mask))
-        check_same_batch(len(sides[0][0]), len(sides[1][0]))
+        check_same_batch(sides[0][0].shape[0], sides[1][0].shape[0])
         return PairInput(*sides)
 
     @stage

@@ -105,8 +105,8 @@ class TransformerLayer(nn.Module):
         """Self-attention of both images: in one batch where their sizes agree and nothing is masked."""
         if x0.shape == x1.shape and mask0 is None and mask1 is None:
             both = torch.cat([x0, x1])
-            x0, x1 = self.self_attention(both, both, rotary0).chunk(2)
-            return x0, x1
+            both = self.self_attention(both, both, rotary0)
+            return both[: x0.shape[0]], both[x0.shape[0] :]
         return (
             self.self_attention(x0, x0, rotary0, mask0, mask0),
             self.self_attention(x1, x1, rotary1, mask1, mask1),

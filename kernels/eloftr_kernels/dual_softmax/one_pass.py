@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from eloftr_kernels.arithmetic import upcast_for_accumulation
+from eloftr_kernels.dual_softmax.naive import MASKED
 from eloftr_kernels.dual_softmax.reference import (
-    MASKED,
     Block,
     add_block,
     block_memory,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eloftr_kernels.arithmetic import upcast_for_accumulation
 from eloftr_kernels.dispatch import (
     check_devices,
     check_dtype,
@@ -18,7 +19,7 @@ from eloftr_kernels.dispatch import (
     use_triton,
     why_not_triton,
 )
-from eloftr_kernels.dual_softmax import one_pass, reference
+from eloftr_kernels.dual_softmax import naive, one_pass, reference
 
 
 def dual_softmax_lse(
@@ -62,6 +63,9 @@ def dual_softmax_lse(
     if use_triton("dual_softmax_lse", why_not(features0, features1, mask0, mask1)):
         row_lse, col_lse = _lse_op(features0, features1, temperature, mask0, mask1)
         return row_lse, col_lse
+    if torch.compiler.is_exporting():
+        features0, features1 = upcast_for_accumulation(features0), upcast_for_accumulation(features1)
+        return naive.dual_softmax_lse(features0, features1, temperature, mask0, mask1)
     return reference.dual_softmax_lse(features0, features1, temperature, mask0, mask1)
 
 
@@ -106,6 +110,9 @@ def mutual_best(
         if use_triton("mutual_best", why_not(features0, features1, mask0, mask1)):
             best1, best0, score1 = _best_op(features0, features1, temperature, row_lse, col_lse, mask0, mask1)
             return best1, best0, score1
+        if torch.compiler.is_exporting():
+            features0, features1 = upcast_for_accumulation(features0), upcast_for_accumulation(features1)
+            return naive.mutual_best(features0, features1, temperature, row_lse, col_lse, mask0, mask1)
         return reference.mutual_best(features0, features1, temperature, row_lse, col_lse, mask0, mask1)
 
 

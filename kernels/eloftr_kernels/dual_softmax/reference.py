@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from eloftr_kernels.arithmetic import Scratch, first_max, two_way_logsumexp, upcast_for_accumulation
+from eloftr_kernels.dual_softmax.naive import MASKED
 
 BLOCK_ELEMENTS = 1 << 22  # scores held at once: 16 MB in float32
 BLOCK_COLUMNS = 1 << 13  # more of them leave a block too few rows for what a product reads
-MASKED = -1e9  # score of a masked pair; finite, so that a fully masked row has no NaN in value or gradient
 
 
 def dual_softmax_lse(
@@ -213,11 +213,6 @@ def score_blocks(
     memory: Scratch | None = None,
 ) -> Iterator[Block]:
     """The scores block by block, rows in the outer loop; in ``memory`` where no gradient is kept."""
-    if torch.compiler.is_exporting():  # loops would be written out
-        whole, masked = slice(0, None), _masked(mask0, slice(0, None), mask1, slice(0, None))
-        scores = torch.matmul(features0 / temperature, features1.mT)
-        yield Block(whole, whole, scores if masked is None else scores.masked_fill(masked, MASKED), masked)
-        return
     step, width = _block_size(features1)
     for start in range(0, max(1, features0.shape[1]), step):
         rows = slice(start, start + step)
@@ -251,6 +246,4 @@ def _block_size(features1: Tensor) -> tuple[int, int]:
 def block_memory(features0: Tensor, features1: Tensor) -> Scratch:
     """For one block of scores."""
     rows, columns = _block_size(features1)
-    if torch.compiler.is_exporting():
-        rows, columns = features0.shape[1], features1.shape[1]
     return Scratch(features1.shape[0] * min(rows, features0.shape[1]) * columns, features0)

@@ -89,7 +89,7 @@ def _interpolation(size: int, size_up: int, like: Tensor) -> Tensor:
 
 def _along_rows(weights: Tensor, x: Tensor) -> Tensor:
     """(R, h) on (B, h, W, C) -> (B, R, W, C)."""
-    return (weights @ x.flatten(2)).reshape(len(x), len(weights), *x.shape[2:])
+    return (weights @ x.flatten(2)).reshape(x.shape[0], len(weights), *x.shape[2:])
 
 
 def _row_pieces(height: int, elements_per_row: int) -> Iterator[tuple[slice, slice]]:

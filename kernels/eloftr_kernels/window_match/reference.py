@@ -124,7 +124,7 @@ def _match(
         with torch.autocast(halves.device.type, enabled=False):
             log_joint = 2 * halves - over1[..., None]
             joint = F.softmax(log_joint.flatten(1) / soft_temperature, 1)
-            joint = joint.view(len(joint), WINDOW**2, WINDOW**2)
+            joint = joint.view(joint.shape[0], WINDOW**2, WINDOW**2)
             expected0, expected1 = joint.sum(2) @ grid, joint.sum(1) @ grid
     return WindowMatches(grid[index0], grid[index1], subpixel1, expected0, expected1)
 
@@ -247,7 +247,7 @@ def subpixel_scores(
     x = (index1[:, None] % WINDOW + shift + delta) % side
     neighbours = (y[:, :, None] * side + x[:, None, :]).flatten(1)
     if match is None:
-        match = torch.arange(len(index0), device=sub0.device)
+        match = torch.arange(index0.shape[0], device=sub0.device)
     with torch.autocast(sub0.device.type, enabled=False):
         query = upcast_for_accumulation(sub0[match, index0])
         keys = upcast_for_accumulation(sub1[match[:, None], neighbours])
