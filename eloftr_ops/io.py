@@ -9,7 +9,6 @@ import importlib.resources
 import io
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +21,7 @@ from torch import Tensor
 from eloftr_ops._version import __version__
 from eloftr_ops.errors import ArgumentError, FileError
 from eloftr_ops.images import LoadedImage, read_image
+from eloftr_ops.storage import remove_leftovers, temporary_name
 
 if TYPE_CHECKING:
     from eloftr_ops.geometry.verification import Verdict
@@ -95,7 +95,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         FileError: the file system refuses: no folder, no permission, no space.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(path)
+    remove_leftovers(path.parent)
     try:
         with temporary.open("xb") as file:
             yield file

@@ -65,7 +65,7 @@ def train(
             if budget is not None:
                 seconds = parse_duration(budget) - (time.monotonic() - started)  # imports count
             result = run(chosen, budget=seconds)
-        except (ValueError, FloatingPointError) as error:
+        except (ValueError, FloatingPointError, OSError) as error:
             raise UsageError(str(error)) from error
         finally:
             if torch.distributed.is_available() and torch.distributed.is_initialized():

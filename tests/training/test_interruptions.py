@@ -143,3 +143,12 @@ def test_a_kill_while_the_configuration_is_written_leaves_the_old_one(tmp_path, 
 def test_two_runs_in_one_folder(tmp_path):
     with folder_lock(tmp_path, "train"), pytest.raises(FolderInUseError, match="or train in another folder"):
         loop.train(short(tmp_path))
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config_to_dict(short(tmp_path / "file" / "run"))))
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml")])
+    assert result.exit_code == 2
+    assert "Not a directory" in result.output
+    assert "Traceback" not in result.output
