@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import itertools
 import os
 import pkgutil
 import re
@@ -26,14 +27,49 @@ import torch
 
 from eloftr_kernels import dispatch
 
-TARGETS = {  # name: backend, architecture, threads per warp, shared memory of a program in bytes
-    "sm_80": ("cuda", 80, 32, 163 * 1024),
-    "sm_90": ("cuda", 90, 32, 227 * 1024),
-    "sm_100": ("cuda", 100, 32, 227 * 1024),
-    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+
+class Target(NamedTuple):
+    """A GPU, as far as a kernel's needs are concerned."""
+
+    backend: str
+    architecture: int | str
+    warp: int  # threads
+    shared: int  # bytes that one program may take
+    shared_all: int  # bytes of a multiprocessor (compute unit)
+    warps: int  # resident on a multiprocessor at most
+    blocks: int
+
+
+TARGETS = {
+    "sm_75": Target("cuda", 75, 32, 64 * 1024, 64 * 1024, 32, 16),  # T4
+    "sm_80": Target("cuda", 80, 32, 163 * 1024, 164 * 1024, 64, 32),  # A100
+    "sm_86": Target("cuda", 86, 32, 99 * 1024, 100 * 1024, 48, 16),  # A10, RTX 3090
+    "sm_89": Target("cuda", 89, 32, 99 * 1024, 100 * 1024, 48, 24),  # L4, RTX 4090
+    "sm_90": Target("cuda", 90, 32, 227 * 1024, 228 * 1024, 64, 32),  # H100
+    "sm_100": Target("cuda", 100, 32, 227 * 1024, 228 * 1024, 64, 32),  # B200
+    "sm_120": Target("cuda", 120, 32, 99 * 1024, 100 * 1024, 48, 24),  # RTX 5090
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, 64 * 1024, 32, 32),  # MI300
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-HEADER = ("op", "kernel", "shape", "dtype", "target", "warps", "registers", "spilled bytes", "shared memory")
+HEADER = (
+    *(
+        "op",
+        "kernel",
+        "shape",
+        "dtype",
+        "target",
+        "warps",
+        "matrix instructions",
+        "cp.async",
+        "TMA",
+        "occupancy",
+    ),
+    *("registers", "spilled bytes", "shared memory"),
+)
+_REGISTERS = 65536  # of a multiprocessor
+_BLOCK_SHARED = 1024  # bytes that the system takes of each program's shared memory, from sm_80 on
+# Kind of matrix instruction: as it is written in PTX or in AMD's assembly. The first that occurs is meant.
+_MATRIX = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma": r"\bmma\.sync", "mfma": r"v_mfma"}
 
 
 class Compiled(NamedTuple):
@@ -45,6 +81,10 @@ class Compiled(NamedTuple):
     dtype: str
     target: str
     warps: int
+    matrix: str  # wgmma, tcgen05, mma, mfma or none
+    cp_async: bool  # copies to shared memory without registers
+    tma: bool  # bulk copies of tensors
+    occupancy: float  # resident warps over the most that there can be
     registers: int
     spilled: int
     shared: int
@@ -52,7 +92,13 @@ class Compiled(NamedTuple):
     @property
     def fits(self) -> bool:
         """Whether nothing is spilled and the shared memory of one program suffices."""
-        return self.spilled == 0 and self.shared <= TARGETS[self.target][3]
+        return self.spilled == 0 and self.shared <= TARGETS[self.target].shared
+
+    def cells(self) -> list[str]:
+        """As text, in the order of ``HEADER``."""
+        shown = {True: "yes", False: "no"}
+        fields = self._replace(occupancy=f"{self.occupancy:.0%}")._asdict()  # type: ignore[arg-type]
+        return [shown[value] if isinstance(value, bool) else str(value) for value in fields.values()]
 
 
 class _Target:
@@ -61,8 +107,8 @@ class _Target:
     def __init__(self, name: str) -> None:
         from triton.backends.compiler import GPUTarget
 
-        backend, architecture, warp, _ = TARGETS[name]
-        self.target = GPUTarget(backend, architecture, warp)
+        target = TARGETS[name]
+        self.target = GPUTarget(target.backend, target.architecture, target.warp)
 
     def get_current_target(self) -> Any:
         return self.target
@@ -80,10 +126,17 @@ def case_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
 
 
-def compile_case(op: str, shape: str, dtype: str, target: str) -> list[Compiled]:
+def compile_case(op: str, shape: str, dtype: str, target: str, dump: Path | None = None) -> list[Compiled]:
     """Compile what ``op`` launches at ``shape`` and ``dtype`` for ``target``, in the order of the launches.
 
     A kernel that is launched in several variants has one row with the most that any of them needs.
+
+    Args:
+        op: a name of :func:`case_names`.
+        shape: one of the case's ``SHAPES``.
+        dtype: a name in ``DTYPES``.
+        target: a name in ``TARGETS``.
+        dump: a folder to write PTX and SASS (on AMD its assembly) to.
 
     Raises:
         RuntimeError: Triton's interpreter is on, so that kernels are not compilable functions.
@@ -101,17 +154,14 @@ def compile_case(op: str, shape: str, dtype: str, target: str) -> list[Compiled]
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        metadata = kernel.metadata
-        registers, spilled = _resources(kernel.asm)
-        needs = (metadata.num_warps, registers, spilled, metadata.shared)
-        before = found.get(self.__name__)
-        if before is not None:  # a kernel that is launched twice, as for the two sides: what either may need
-            needs = tuple(max(pair) for pair in zip(needs, before[-4:], strict=True))
-        found[self.__name__] = Compiled(op, self.__name__, shape, dtype, target, *needs)
+        row = _row(kernel, (op, self.__name__, shape, dtype, target))
+        if dump is not None:
+            _dump(kernel.asm, dump, "-".join(row[:5]))
+        found[self.__name__] = _most(row, found[self.__name__]) if self.__name__ in found else row
 
     pretended = (
         mock.patch.object(driver, "_active", _Target(target)),
-        mock.patch.object(dispatch, "shared_memory", return_value=TARGETS[target][3]),
+        mock.patch.object(dispatch, "shared_memory", return_value=TARGETS[target].shared),
         mock.patch.object(JITFunction, "run", compile_only),
     )
     with contextlib.ExitStack() as stack:
@@ -121,30 +171,91 @@ def compile_case(op: str, shape: str, dtype: str, target: str) -> list[Compiled]
     return list(found.values())
 
 
+def _row(kernel: Any, names: tuple[str, str, str, str, str]) -> Compiled:
+    """What a compiled kernel needs."""
+    text = kernel.asm["amdgcn"] if "amdgcn" in kernel.asm else kernel.asm["ptx"]
+    matrix = next((kind for kind, pattern in _MATRIX.items() if re.search(pattern, text)), "none")
+    registers, spilled = _resources(kernel.asm)
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    return Compiled(
+        *names,
+        warps,
+        matrix,
+        re.search(r"cp\.async\.c[ag]", text) is not None,
+        "cp.async.bulk.tensor" in text,
+        occupancy(names[-1], warps, registers, shared),
+        registers,
+        spilled,
+        shared,
+    )
+
+
+def _most(row: Compiled, before: Compiled) -> Compiled:
+    """A kernel that is launched twice, as for the two sides: what either may need."""
+    needs = {
+        name: max(getattr(row, name), getattr(before, name))
+        for name in ("warps", "registers", "spilled", "shared")
+    }
+    return row._replace(**needs, occupancy=min(row.occupancy, before.occupancy))
+
+
+def occupancy(target: str, warps: int, registers: int, shared: int) -> float:
+    """Resident warps of a multiprocessor over the most that there can be.
+
+    Registers are handed out to a warp in units of 256. On AMD each of the four units has 512 vector registers per lane.
+    """
+    gpu = TARGETS[target]
+    if gpu.backend == "hip":
+        by_registers = 4 * min(8, 512 // max(1, -(-registers // 8) * 8)) // warps
+        taken = shared
+    else:
+        by_registers = _REGISTERS // max(256, -(-registers * 32 // 256) * 256) // warps
+        taken = shared + (_BLOCK_SHARED if gpu.shared < gpu.shared_all else 0)
+    programs = min(by_registers, gpu.shared_all // max(1, taken), gpu.warps // warps, gpu.blocks)
+    return programs * warps / gpu.warps
+
+
 def _resources(asm: dict[str, Any]) -> tuple[int, int]:
     """(registers per thread, spilled bytes) of a compiled kernel."""
     if "amdgcn" in asm:
-        text = asm["amdgcn"]
-        counts = {
-            key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")
-        }  # type: ignore[index]
-        return counts["vgpr_count"], 4 * counts["vgpr_spill_count"]
+        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", asm["amdgcn"]))
+        return int(found["vgpr_count"]), 4 * int(found["vgpr_spill_count"])
+    usage = {
+        key: int(value) for key, value in re.findall(r"(\w+):(\d+)", _cuobjdump(asm, "--dump-resource-usage"))
+    }
+    # Local memory and stack hold what the registers cannot.
+    return usage["REG"], usage.get("LOCAL", 0) + usage.get("STACK", 0)
+
+
+def _cuobjdump(asm: dict[str, Any], option: str) -> str:
+    """What NVIDIA's tool says of a kernel; Triton brings the tool."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
-    # Local memory and stack hold what the registers cannot.
-    return usage["REG"], usage.get("LOCAL", 0) + usage.get("STACK", 0)
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _dump(asm: dict[str, Any], folder: Path, name: str) -> None:
+    """Write the code of a kernel; one that is launched in several variants gets a number for each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = (
+        {"amdgcn": asm["amdgcn"]}
+        if "amdgcn" in asm
+        else {"ptx": asm["ptx"], "sass": _cuobjdump(asm, "--dump-sass")}
+    )
+    stems = (name if index == 1 else f"{name}-{index}" for index in itertools.count(1))
+    stem = next(stem for stem in stems if not any((folder / f"{stem}.{kind}").exists() for kind in texts))
+    for kind, text in texts.items():
+        (folder / f"{stem}.{kind}").write_text(text, encoding="utf-8")
 
 
 def markdown(rows: Iterable[Compiled]) -> str:
     """The rows as a table."""
     lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
-    lines += ["| " + " | ".join(str(value) for value in row) + " |" for row in rows]
+    lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
     return "\n".join(lines)
 
 
@@ -155,6 +266,7 @@ def main(arguments: list[str] | None = None, show: Callable[[str], None] = print
     parser.add_argument("--shapes", nargs="+", default=None)
     parser.add_argument("--dtypes", nargs="+", default=["fp16", "bf16"], choices=list(DTYPES))
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--dump", type=Path, metavar="FOLDER", help="write PTX and SASS of every kernel")
     chosen = parser.parse_args(arguments)
     rows = [
         row
@@ -162,7 +274,7 @@ def main(arguments: list[str] | None = None, show: Callable[[str], None] = print
         for shape in chosen.shapes or importlib.import_module(f"benchmarks.compile_cases.{op}").SHAPES
         for dtype in chosen.dtypes
         for target in chosen.targets
-        for row in compile_case(op, shape, dtype, target)
+        for row in compile_case(op, shape, dtype, target, chosen.dump)
     ]
     show(markdown(rows))
     return 0 if all(row.fits for row in rows) else 1
