@@ -23,7 +23,7 @@ from eloftr_ops.checks import (
     check_range,
     check_same_batch,
 )
-from eloftr_ops.config import EfficientLoFTRConfig, GradientMode, ScoreKind, WeightLayout, check_choice
+from eloftr_ops.config import EfficientLoFTRConfig, GradientMode, WeightLayout, check_choice
 from eloftr_ops.model.backbone import RepVGG
 from eloftr_ops.model.coarse import match_cells, select_matches, select_top
 from eloftr_ops.model.fine import FeaturePyramid, keypoints_from_windows
@@ -278,11 +278,7 @@ class EfficientLoFTR(LoFTR):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         config: EfficientLoFTRConfig | None = None,
-        threshold: float | None = None,
-        score: ScoreKind | None = None,
-        border_removal: int | None = None,
-        position_scale: tuple[float, float] | None = None,
-        gradient_mode: GradientMode | None = None,
+        **config_changes: Any,
     ) -> EfficientLoFTR:
         """A model with trained weights, in evaluation mode; see :func:`eloftr_ops.weights.load_pretrained`."""
         from eloftr_ops.weights import load_pretrained
@@ -297,11 +293,7 @@ class EfficientLoFTR(LoFTR):
             device=device,
             dtype=dtype,
             config=config,
-            threshold=threshold,
-            score=score,
-            border_removal=border_removal,
-            position_scale=position_scale,
-            gradient_mode=gradient_mode,
+            **config_changes,
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, layout: WeightLayout = "eloftr_ops") -> None:

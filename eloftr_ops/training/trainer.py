@@ -31,6 +31,16 @@ from eloftr_ops.training.objective import (
 from eloftr_ops.training.optimization import averaged, build_optimizer, learning_rate, train_mode
 
 
+class GradientResult(NamedTuple):
+    """What the gradient of a step came with, the same in every process."""
+
+    loss: float
+    losses: dict[str, float]  # by term: mean over the joined batch, before weights
+    confidence: float  # mean of the true pairs
+    pairs: int  # true pairs of cells
+    finite: bool
+
+
 class StepResult(NamedTuple):
     """The results of a step, the same in each process."""
 
@@ -113,7 +123,7 @@ class Trainer:
             )
         return result
 
-    def gradients(self, parts: Sequence[TrainingBatch | None]) -> StepResult:
+    def gradients(self, parts: Sequence[TrainingBatch | None]) -> GradientResult:
         """Leave the gradient of the joined batch in the parameters of every process, before clipping.
 
         Args:
@@ -158,22 +168,20 @@ class Trainer:
                 counts += label_counts(batch, found)
         return labels, self.joined(counts)
 
-    def _result(self, sums: Tensor, counts: Tensor) -> StepResult:
+    def _result(self, sums: Tensor, counts: Tensor) -> GradientResult:
         means = sums[:-1] / counts.clamp_min(1)
         weighted = zip(means.tolist(), term_weights(self.config.loss), strict=True)
         loss = sum(mean * weight for mean, weight in weighted if weight > 0)
         pairs = int(counts[0])
-        return StepResult(
-            loss,
-            dict(zip(TERMS, means.tolist(), strict=True)),
-            float(sums[-1]) / max(pairs, 1),
-            0.0,
-            pairs,
-            False,
-            bool(torch.isfinite(sums).all()),
+        return GradientResult(
+            loss=loss,
+            losses=dict(zip(TERMS, means.tolist(), strict=True)),
+            confidence=float(sums[-1]) / max(pairs, 1),
+            pairs=pairs,
+            finite=bool(torch.isfinite(sums).all()),
         )
 
-    def _update(self, result: StepResult) -> StepResult:
+    def _update(self, gradients: GradientResult) -> StepResult:
         """Clip, decide, step; gradients are the same in every process, and so is the decision."""
         rate = learning_rate(self.step, self.config.run.steps, self.config.optimizer)
         for group in self._adam.param_groups:
@@ -186,14 +194,22 @@ class Trainer:
         )
         if norm is None:
             raise RuntimeError("clip_gradients: expected a norm, got none.")
-        finite = result.finite and bool(torch.isfinite(norm))
+        finite = gradients.finite and bool(torch.isfinite(norm))
         taken = finite and float(norm) > 0
         if taken:
             self._optimizer.step()
             self.average.update_parameters(self.matcher)
         elif (scaler := getattr(self.fabric.strategy.precision, "scaler", None)) is not None:
             scaler.update()  # lowers the scale if it was the cause
-        return result._replace(gradient_norm=float(norm), taken=taken, finite=finite)
+        return StepResult(
+            loss=gradients.loss,
+            losses=gradients.losses,
+            confidence=gradients.confidence,
+            gradient_norm=float(norm),
+            pairs=gradients.pairs,
+            taken=taken,
+            finite=finite,
+        )
 
     def joined(self, tensor: Tensor) -> Tensor:
         """Sum over all processes."""

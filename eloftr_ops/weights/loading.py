@@ -6,11 +6,11 @@ from __future__ import annotations
 import os
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from eloftr_ops.config import EfficientLoFTRConfig, GradientMode, ScoreKind
+from eloftr_ops.config import EfficientLoFTRConfig
 from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.weights.files import CHECKPOINT_SUFFIXES, FLOAT_DTYPES, WeightsNotFoundError
 from eloftr_ops.weights.hub import Repository, is_repository
@@ -31,11 +31,7 @@ def load_pretrained(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     config: EfficientLoFTRConfig | None = None,
-    threshold: float | None = None,
-    score: ScoreKind | None = None,
-    border_removal: int | None = None,
-    position_scale: tuple[float, float] | None = None,
-    gradient_mode: GradientMode | None = None,
+    **config_changes: Any,
 ) -> EfficientLoFTR:
     """A model with trained weights, in evaluation mode.
 
@@ -62,11 +58,9 @@ def load_pretrained(
         device: of the model.
         dtype: of the model, whatever the file stores: float32, float64, float16 or bfloat16.
         config: the configuration to use instead of the stored one.
-        threshold: replaces the field of the configuration; so do the next four.
-        score: ``similarity`` is the authors' *optimized* inference; it needs another threshold (theirs: 25).
-        border_removal: in cells.
-        position_scale: factors on rotary (row, column) positions.
-        gradient_mode: default of the matcher's ``mode``.
+        config_changes: fields of the configuration to use in place of the stored ones, for instance ``threshold``,
+            ``border_removal``, ``position_scale`` or ``gradient_mode``; None leaves a field alone.
+            ``score="similarity"`` is the authors' *optimized* inference; it needs another threshold (theirs: 25).
 
     Raises:
         WeightsNotFoundError: (a ``FileNotFoundError`` and a ``ValueError``) no such file, folder, name or repository,
@@ -76,18 +70,12 @@ def load_pretrained(
         TypeError: values of another type, in the arguments or in a configuration.
     """
     _check_types(name_or_path, dtype, config)
-    changes = {
-        "threshold": threshold,
-        "score": score,
-        "border_removal": border_removal,
-        "position_scale": position_scale,
-        "gradient_mode": gradient_mode,
-    }
+    changes = {name: value for name, value in config_changes.items() if value is not None}
     hub = HubOptions(revision, cache_dir, local_files_only)
     stored = _find(name_or_path, hub, variant, entry)
     tensors = our_names(stored)
     config = config or stored.config or infer_config(tensors, stored.source)
-    config = config.replace(**{name: value for name, value in changes.items() if value is not None})
+    config = config.replace(**changes)
     return build_model(tensors, config, stored.layout, stored.source, torch.device(device), dtype)
 
 
