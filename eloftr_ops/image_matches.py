@@ -52,9 +52,8 @@ class ImageMatches:
     names: tuple[str, str]  # what the images were called
     seconds: float  # of the matcher alone
     device: torch.device  # of the matcher
-    coarse: ImageMatches | None = (
-        None  # of tiled matching: its first pass; then keypoints were matched at full size
-    )
+    # Of tiled matching: its first pass. The keypoints were then matched at full size.
+    coarse: ImageMatches | None = None
     looks: int = 1  # how many sets of matches were tried, of which this is the best
     _kept: dict[Any, Any] = field(default_factory=dict)
 

@@ -54,6 +54,8 @@ def test_the_embedded_weights_match_the_bundled_pair() -> None:
     assert homography.matrix is not None
     assert homography.inliers.float().mean() > 0.9
     assert fundamental.inliers.shape == (len(matches),)
+    assert fundamental.matrix is None  # one image is a warp of the other
+    assert "a plane, or a camera that only rotates" in fundamental.reason
 
 
 @pytest.mark.parametrize("resize", [64, None, 0])
@@ -145,6 +147,12 @@ def test_blank_images_give_no_match() -> None:
     hidden = np.dstack([photograph(), np.zeros((96, 128), np.uint8)])
     assert len(match_images(hidden, photograph(), Corners())) == 0
     assert not match_images(blank, blank, Corners()).verdict.related
+
+
+def test_one_image_twice_determines_no_fundamental_matrix() -> None:
+    found = match_images(DEMO[0], DEMO[0], resize=320).fundamental()
+    assert found.matrix is None
+    assert not found.inliers.any()
 
 
 def test_unrelated_images_are_not_called_related() -> None:

@@ -22,6 +22,7 @@ _MAX_ERROR = 3.0  # pixels: what a matcher is off by
 _MIN_ERROR = 0.5  # pixels: smaller errors are luck
 _PLACE = 8.0  # pixels: matches of one place count once
 _SAMPLE_SIZE = {"homography": 4, "fundamental": 7}
+_LEAST_OFF_PLANE = 0.05
 # (a, b): log10 NFA is below a - b log10(1 / p) in a share p of pairs of unrelated photographs.
 # From benchmarks/verdict.py, which prints them.
 _TAIL = {"homography": (3.56, 5.36), "fundamental": (4.42, 3.87)}
@@ -145,7 +146,9 @@ def shows_parallax(
 
     Any number of matches of a plane, or of a camera that only rotates, fit a family of fundamental matrices. What
     selects one is the matches that the homography does not explain. They support it if their distances to the epipolar
-    lines are smaller than those of directions at random (number of false alarms below 0.01, two of them chosen).
+    lines are smaller than those of directions at random (number of false alarms below 0.01, two of them chosen), and if
+    they are at least 5 % of those that the fundamental matrix fits: a matcher's wrong matches come in clusters, which
+    agree with each other.
 
     Args:
         keypoints0: (M, 2), pixels.
@@ -160,7 +163,7 @@ def shows_parallax(
     off = parallax > 3 * threshold
     fits = epipolar_errors(F, points0, points1) <= threshold
     count, support = int(off.sum()), int((off & fits).sum())
-    if support <= 2:
+    if support <= 2 or support < _LEAST_OFF_PLANE * fits.sum():
         return False
     chance = float((2 / np.pi * np.arcsin(np.minimum(1.0, threshold / parallax[off]))).mean())
     log_nfa: float = (

@@ -172,6 +172,7 @@ SET_UP: dict[str, Callable[[Path, pytest.MonkeyPatch], dict[str, Any]]] = {
     "docs/kernels/dual_softmax.md": _maps,
     "docs/kernels/upsample_mlp.md": _maps,
     "docs/kernels/window_match.md": _maps,
+    "docs/match.md": _bundled_pair,
     "docs/training.md": _training,
     "docs/tutorials/end_to_end.md": _pair,
     "docs/weights.md": _weight_files,
