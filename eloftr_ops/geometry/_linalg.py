@@ -182,15 +182,18 @@ def smallest_eigenvector(
 
 class _SmallestEigenvector(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, least_gap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(matrix: Tensor, least_gap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(matrix)
         largest = values[:, -1]
         gap = (values[:, 1] - values[:, 0]) / torch.where(largest > 0, largest, 1.0)
         determined = gap > least_gap
-        vector = vectors[:, :, 0]
-        ctx.save_for_backward(matrix, vector, determined)
+        return vectors[:, :, 0].clone(), gap, determined
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        vector, gap, determined = output
+        ctx.save_for_backward(inputs[0], vector, determined)
         ctx.mark_non_differentiable(gap, determined)
-        return vector, gap, determined
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -1,8 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where and in which dtype the small problems of geometry are computed: float64, on the CPU where a device lacks it."""
 
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Leave a function out of `torch.compile`.
+
+    Its loops stop when the data say so. A compiler would split it at each such place, for nothing: the small
+    problems cost the same either way.
+    """
+    disabled: Callable[Arguments, Result] = torch.compiler.disable(function)
+    return disabled
 
 
 def has_float64(device: torch.device) -> bool:

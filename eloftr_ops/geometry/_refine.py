@@ -131,9 +131,12 @@ class _FirstOrder(torch.autograd.Function):
     """Identity that refuses a second differentiation, for which the constant Hessian would be wrong."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        ctx.save_for_backward(value)
+    def forward(value: Tensor) -> Tensor:
         return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -144,8 +147,12 @@ class _FirstOrder(torch.autograd.Function):
 
 class _Refuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+    def forward(gradient: Tensor, anchor: Tensor) -> Tensor:
         return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -231,10 +238,14 @@ def _hessian(chart: ChartT, objective: RobustCost) -> Tensor:
             objective.kernel,
         )
         start = chart.where(torch.ones_like(objective.scale, dtype=torch.bool), chart)
-        delta = start.tangent.new_zeros(start.tangent.shape[0], start.tangent.shape[2], requires_grad=True)
-        (slope,) = torch.autograd.grad(normal.cost(start.at(delta)).sum(), delta, create_graph=True)
-        rows = [
-            torch.autograd.grad(slope[:, k].sum(), delta, retain_graph=True)[0] for k in range(delta.shape[1])
-        ]
+        delta = start.tangent.new_zeros(start.tangent.shape[0], start.tangent.shape[2])
+
+        def slope(moved: Tensor) -> Tensor:
+            gradient: Tensor = torch.func.grad(lambda d: normal.cost(start.at(d)).sum())(moved)
+            return gradient
+
+        pull_back = torch.func.vjp(slope, delta)[1]
+        units = torch.eye(delta.shape[1], dtype=delta.dtype, device=delta.device)
+        rows = [pull_back(unit.expand_as(delta).contiguous())[0] for unit in units]
     hessian = torch.stack(rows, dim=1).detach()
     return 0.5 * (hessian + hessian.mT)

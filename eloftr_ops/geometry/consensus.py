@@ -12,7 +12,7 @@ from torch import Tensor
 from eloftr_ops.geometry._checks import check_choice, check_intrinsics, check_matches, check_scale
 from eloftr_ops.geometry._eight_point import nearest_essential, with_fixed_sign
 from eloftr_ops.geometry._linalg import skew
-from eloftr_ops.geometry._precision import returned
+from eloftr_ops.geometry._precision import eager, returned
 from eloftr_ops.geometry._ragged import Matches, canonical_order, pad_matches
 from eloftr_ops.geometry.fundamental import camera_matrix, fundamental_from_matches
 from eloftr_ops.geometry.homography import homography_from_matches
@@ -35,6 +35,7 @@ class ConsensusEstimate(NamedTuple):
     )
 
 
+@eager
 def estimate_robust(
     keypoints0: Tensor,
     keypoints1: Tensor,

@@ -24,7 +24,7 @@ from eloftr_ops.geometry._eight_point import (
 )
 from eloftr_ops.geometry._linalg import FAR, Normalised, skew, unit_magnitude
 from eloftr_ops.geometry._minimal import SAMPLE_SIZE
-from eloftr_ops.geometry._precision import returned, to_work
+from eloftr_ops.geometry._precision import eager, returned, to_work
 from eloftr_ops.geometry._ragged import Matches, PaddedMatches, solve_in_pieces
 from eloftr_ops.geometry._refine import RobustCost, minimise
 from eloftr_ops.geometry._residuals import SampsonResidual, sampson_of_many
@@ -53,6 +53,7 @@ class FundamentalEstimate(NamedTuple):
     inlier_weights: Tensor  # (M,) in [0, 1], the robust kernel's weight of each match; differentiable
 
 
+@eager
 def fundamental_from_matches(
     keypoints0: Tensor,
     keypoints1: Tensor,

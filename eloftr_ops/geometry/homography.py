@@ -21,7 +21,7 @@ from eloftr_ops.geometry._linalg import (
     smallest_eigenvector,
     unit_magnitude,
 )
-from eloftr_ops.geometry._precision import result_dtype, returned, to_work
+from eloftr_ops.geometry._precision import eager, result_dtype, returned, to_work
 from eloftr_ops.geometry._ragged import Matches, PaddedMatches, solve_in_pieces
 from eloftr_ops.geometry._refine import RobustCost, minimise
 from eloftr_ops.geometry._residuals import TransferResidual, guarded_depth, symmetric_transfer_of_many
@@ -63,6 +63,7 @@ class _Linear(NamedTuple):
     least_gap: Tensor  # (B,)
 
 
+@eager
 def homography_from_matches(
     keypoints0: Tensor,
     keypoints1: Tensor,

@@ -24,7 +24,7 @@ from eloftr_ops.geometry._eight_point import (
 )
 from eloftr_ops.geometry._linalg import adjugate, homogeneous, safe_normalise, skew, unit_magnitude
 from eloftr_ops.geometry._minimal import SAMPLE_SIZE
-from eloftr_ops.geometry._precision import returned, to_work
+from eloftr_ops.geometry._precision import eager, returned, to_work
 from eloftr_ops.geometry._ragged import Matches, PaddedMatches, solve_in_pieces
 from eloftr_ops.geometry._refine import RobustCost, levenberg_marquardt, minimise
 from eloftr_ops.geometry._residuals import SampsonResidual
@@ -79,6 +79,7 @@ class _Motion(NamedTuple):
     inlier_weights: Tensor  # (M,)
 
 
+@eager
 def relative_pose_from_matches(
     keypoints0: Tensor,
     keypoints1: Tensor,
@@ -147,6 +148,7 @@ def relative_pose_from_matches(
     return PoseEstimate(*(returned(x, keypoints0) for x in (T, *motion[2:])))
 
 
+@eager
 def essential_from_matches(
     keypoints0: Tensor,
     keypoints1: Tensor,
