@@ -127,9 +127,10 @@ CPU = (
     PairCase("training", (480, 480), ("eloftr_ops small fp32",), 3, batch=4),  # last: it keeps all memory
 )
 _TINY = (96, 128)
+_DOORS = ("eloftr_ops small fp32, plain", "eloftr_ops small fp32, plain, transformers' interface")
 QUICK_MATCHER = (PairCase("pair", _TINY, ("eloftr_ops full", "eloftr_ops small, CUDA graph", *_PEERS), 1),)
 QUICK_CPU = (
-    PairCase("pair", _TINY, ("eloftr_ops small fp32", "eloftr_ops small bf16"), 1),
+    PairCase("pair", _TINY, ("eloftr_ops small fp32", "eloftr_ops small bf16", *_DOORS), 1),
     PairCase("many", _TINY, ("eloftr_ops small fp32",), 1),
     PairCase("batch", _TINY, ("eloftr_ops small fp32",), 1, batch=2),
     PairCase("curve", _TINY, ("eloftr_ops small fp32",), 1),

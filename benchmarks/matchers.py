@@ -68,6 +68,7 @@ class MatcherEntry(NamedTuple):
     dtype: str | None = None  # None: the run's
     mode: str = "eager"  # eager, compile, reduce-overhead or graph
     staged: bool = False  # its stages can be timed one by one
+    largest: int | None = None  # pixels of an image; larger pairs leave it out
 
     def dtype_in(self, context: Context) -> str:
         """Name of the dtype in which it runs."""
@@ -177,6 +178,12 @@ def _ours(entry: MatcherEntry, context: Context) -> Matcher:
     return Matcher(lambda a, b: model({"image0": a, "image1": b}), coarse, image_dtype, model)
 
 
+def _plain(entry: MatcherEntry, context: Context) -> Matcher:
+    """The model as it is loaded, not optimized."""
+    model = plain_model(entry.preset, context.device)
+    return Matcher(lambda a, b: model({"image0": a, "image1": b}), None, torch.float32, model)
+
+
 def _graph_dense_part(model: Any) -> None:
     """Replay backbone, transformer and pyramid, whose shapes are static, as CUDA graphs."""
     graphs: dict[Any, tuple[list[Tensor], Run]] = {}
@@ -227,6 +234,61 @@ def _transformers(entry: MatcherEntry, context: Context) -> Matcher:
     return Matcher(match, coarse, dtype, model)
 
 
+def _our_transformers(entry: MatcherEntry, context: Context) -> Matcher:
+    """The plain model behind transformers' interface: what that door adds to the bare operator."""
+    from eloftr_ops.integrations.transformers import EfficientLoFTRForKeypointMatching
+
+    folder = context.folder / f"ours-{entry.preset}"
+    if not folder.exists():
+        plain_model(entry.preset).save_pretrained(folder, layout="transformers")
+    model: Any = EfficientLoFTRForKeypointMatching.from_pretrained(folder)
+    model = model.eval().to(context.device)
+
+    def match(a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        found = model(torch.stack([a, b], 1))
+        valid = found.matches[:, 0] > -1
+        keypoints = found.keypoints * found.keypoints.new_tensor([a.shape[-1], a.shape[-2]])
+        points = {f"keypoints{side}": keypoints[:, side][valid] for side in (0, 1)}
+        return {
+            **points,
+            "confidence": found.matching_scores[:, 0][valid],
+            "batch_indexes": valid.nonzero()[:, 0],
+        }
+
+    return Matcher(match, None, torch.float32, model)
+
+
+def _onnxruntime(entry: MatcherEntry, context: Context) -> Matcher:
+    """The exported graph in onnxruntime; it is written for each size when that is first met, which is not timed."""
+    import onnxruntime
+
+    from eloftr_ops.inference.export import export
+
+    sessions: dict[tuple[int, ...], Any] = {}
+
+    def session(size: tuple[int, int]) -> Any:
+        if size not in sessions:
+            file = context.folder / f"{entry.preset}-{size[1]}x{size[0]}.onnx"
+            if not file.exists():
+                export(plain_model(entry.preset), file, size=size, max_matches=math.prod(size) // 64)
+            settings = onnxruntime.SessionOptions()
+            settings.intra_op_num_threads = torch.get_num_threads()
+            sessions[size] = onnxruntime.InferenceSession(
+                str(file), settings, providers=["CPUExecutionProvider"]
+            )
+        return sessions[size]
+
+    def match(a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        feed = {"image0": a.numpy(), "image1": b.numpy()}
+        names = ["keypoints0", "keypoints1", "confidence", "valid"]
+        fields = session((a.shape[-2], a.shape[-1])).run(names, feed)
+        *found, valid = (torch.from_numpy(field) for field in fields)
+        picked = {name: value[valid] for name, value in zip(names[:3], found, strict=True)}
+        return {**picked, "batch_indexes": valid.nonzero()[:, 0]}
+
+    return Matcher(match, None, torch.float32, None)
+
+
 def _kornia(entry: MatcherEntry, context: Context) -> Matcher:
     from kornia.feature import LoFTR
 
@@ -262,6 +324,27 @@ MATCHERS: dict[str, MatcherEntry] = {
     "eloftr_ops full bf16": MatcherEntry(**_CPU, dtype="bf16"),
     "eloftr_ops small fp32": MatcherEntry(**_CPU, preset="small", dtype="fp32"),
     "eloftr_ops small bf16": MatcherEntry(**_CPU, preset="small", dtype="bf16"),
+    "eloftr_ops small fp32, plain": MatcherEntry(
+        **{**_OURS, "build": _plain}, suites=("cpu",), preset="small", dtype="fp32", largest=_LARGEST_COUNTED
+    ),
+    "eloftr_ops small fp32, plain, transformers' interface": MatcherEntry(
+        **{**_OURS, "build": _our_transformers, "packages": (*_OURS["packages"], "transformers")},
+        suites=("cpu",),
+        preset="small",
+        dtype="fp32",
+        largest=_LARGEST_COUNTED,
+    ),
+    "eloftr_ops small fp32, onnxruntime": MatcherEntry(
+        **{
+            **_OURS,
+            "build": _onnxruntime,
+            "packages": (*_OURS["packages"], "onnx", "onnxscript", "onnxruntime"),
+        },
+        suites=("cpu",),
+        preset="small",
+        dtype="fp32",
+        largest=_LARGEST_COUNTED,
+    ),
     "transformers": MatcherEntry(
         "transformers",
         _transformers,

@@ -45,9 +45,16 @@ def benchmarks(suite: str, context: Context) -> list[Benchmark]:
         "matcher": (cases.MATCHER, cases.QUICK_MATCHER),
         "cpu": (cases.CPU, cases.QUICK_CPU),
     }
-    everybody = tuple(name for name, entry in MATCHERS.items() if suite in entry.suites)
+
+    def everybody(case: PairCase) -> tuple[str, ...]:
+        return tuple(
+            name
+            for name, entry in MATCHERS.items()
+            if suite in entry.suites and math.prod(case.size) <= (entry.largest or math.inf)
+        )
+
     return [
-        _benchmark(case._replace(entries=case.entries or everybody), context)
+        _benchmark(case._replace(entries=case.entries or everybody(case)), context)
         for case in tables[suite][context.quick]
         if case.batch < 16 or context.device.type == "cuda"
     ]
