@@ -149,7 +149,7 @@ def weak_pose_loss(
         T_gt_0to1: `(B, 4, 4)`, the known pose, translation in any unit.
         K0: `(B, 3, 3)` intrinsics of camera 0.
         K1: `(B, 3, 3)` intrinsics of camera 1.
-        weights: `(M,)`, the confidence; None for ones.
+        weights: `(M,)`, the confidence; None for ones. Carries no gradient: the loss would fall by fewer matches too.
         saturation: the most a match can cost, pixels.
         reduction: "none" `(B,)`, "mean" over pairs, or "sum".
 
@@ -162,6 +162,7 @@ def weak_pose_loss(
         TypeError: integer keypoints or weights.
     """
     F_0to1 = fundamental_from_pose(T_gt_0to1, K0, K1)
+    weights = None if weights is None else weights.detach()
     return sampson_loss(
         keypoints0, keypoints1, batch_indexes, F_0to1, weights, saturation=saturation, reduction=reduction
     )

@@ -159,7 +159,7 @@ def weak_homography_loss(
         keypoints1: `(M, 2)` in image 1.
         batch_indexes: `(M,)` integers in [0, B).
         H_gt_0to1: `(B, 3, 3)`, the known homography, any scale.
-        weights: `(M,)`, the confidence; None for ones.
+        weights: `(M,)`, the confidence; None for ones. Carries no gradient: the loss would fall by fewer matches too.
         saturation: the most a match can cost, pixels; half the reach of a coarse cell's window by default.
         reduction: "none" `(B,)`, "mean" over pairs, or "sum".
 
@@ -176,7 +176,7 @@ def weak_homography_loss(
         keypoints1,
         batch_indexes,
         H_gt_0to1,
-        weights,
+        None if weights is None else weights.detach(),
         saturation=saturation,
         reduction=reduction,
     )

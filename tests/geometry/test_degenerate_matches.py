@@ -241,10 +241,12 @@ def test_hundred_thousand_random_fundamental_matrices_are_finite() -> None:
     assert _assert_finite_on_random_problems(EPIPOLAR["fundamental"], draw, HUNDRED_THOUSAND, 1e6) > 0.99
 
 
-@pytest.mark.parametrize(("name", "problems"), [("refined", 4000), ("cauchy", 400)])
-def test_random_refined_homographies_are_finite(name: str, problems: int) -> None:
+# With noise as large as the robust scale, four of seven matches that fit exactly beat the right six; such pairs are
+# flagged, and the flag is not what is tested here.
+@pytest.mark.parametrize(("name", "problems", "noise"), [("refined", 4000, 2.0), ("cauchy", 400, 0.5)])
+def test_random_refined_homographies_are_finite(name: str, problems: int, noise: float) -> None:
     def draw(seed: int) -> tuple[Tensor, Tensor]:
-        planar = planar_scene(problems, 7, seed=seed, noise=2.0, wrong=0.15)
+        planar = planar_scene(problems, 7, seed=seed, noise=noise, wrong=0.15)
         return planar.keypoints0.view(problems, 7, 2), planar.keypoints1.view(problems, 7, 2)
 
     assert _assert_finite_on_random_problems(HOMOGRAPHIES[name], draw, problems, 1e9) > 0.9

@@ -13,9 +13,9 @@ from kornia.geometry.epipolar import (
 from torch import Tensor
 
 from eloftr_ops.geometry import fundamental_from_pose
-from eloftr_ops.losses import sampson_loss, symmetric_epipolar_loss, weak_pose_loss
+from eloftr_ops.losses import sampson_loss, symmetric_epipolar_loss, weak_homography_loss, weak_pose_loss
 from support.gradients import check_gradients, finite_gradients
-from support.two_view import Scene, scene
+from support.two_view import Scene, planar_scene, scene
 
 EXACT: dict[str, Any] = {"smoothing": 1e-9, "reduction": "none"}
 BOTH = pytest.mark.parametrize("loss", [sampson_loss, symmetric_epipolar_loss], ids=["sampson", "symmetric"])
@@ -154,3 +154,18 @@ def test_arguments_that_make_no_sense_are_named(loss: Any) -> None:
         loss(*views.matches, F[:1])
     with pytest.raises(ValueError, match="reduction"):
         loss(*views.matches, F, reduction="")
+
+
+def test_weak_losses_do_not_teach_the_confidence_to_fall() -> None:
+    views, planar = scene(2, 20, seed=30, noise=1.0), planar_scene(2, 20, seed=30, noise=1.0)
+    weights = torch.linspace(0.1, 1.0, 40, dtype=torch.float64).requires_grad_()
+    for loss, matches, known in (
+        (weak_pose_loss, views, (views.T_0to1, views.K0, views.K1)),
+        (weak_homography_loss, planar, (planar.H_0to1,)),
+    ):
+        keypoints1 = matches.keypoints1.clone().requires_grad_()
+        value = loss(matches.keypoints0, keypoints1, matches.batch_indexes, *known, weights)
+        assert not torch.equal(value, loss(matches.keypoints0, keypoints1, matches.batch_indexes, *known))
+        to_points, to_weights = torch.autograd.grad(value, (keypoints1, weights), allow_unused=True)
+        assert bool(to_points.any())
+        assert to_weights is None
