@@ -17,6 +17,7 @@ import kornia.feature.loftr.loftr as kornia_loftr
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from eloftr_ops import EfficientLoFTR
@@ -90,6 +91,29 @@ def _megadepth(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         pair_infos=objects((np.array([0, 1]), 0.6, np.zeros((2, 4)))),
     )
     return {}
+
+
+def _interface(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """transformers' classes: a tiny model in the place of the one on the Hub, two images, and a small batch."""
+    import eloftr_ops.integrations.transformers as interface  # seconds, for these pages alone
+
+    _bundled_pair(folder, monkeypatch)
+    _weight_files(folder, monkeypatch)
+    own = interface.EfficientLoFTRForKeypointMatching(interface.EfficientLoFTRConfig.from_eloftr_ops(TINY))
+    place = folder / "zju-community" / "efficientloftr"
+    own.save_pretrained(place)
+    interface.EfficientLoFTRImageProcessorPil().save_pretrained(place)
+    gray0, gray1, H = demo_pair()
+    gray0, gray1 = (image[..., :128, :160] for image in (gray0, gray1))
+    return {
+        "torch": torch,
+        "images": [Image.open(folder / name).convert("RGB") for name in ("left.jpg", "right.jpg")],
+        "sizes": [[(480, 640), (480, 640)]],
+        "gray0": gray0,
+        "gray1": gray1,
+        "pixel_values": torch.stack([gray0, gray1], 1).expand(-1, -1, 3, -1, -1),
+        "H_0to1": H[None].float(),
+    }
 
 
 def _training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -173,7 +197,9 @@ SET_UP: dict[str, Callable[[Path, pytest.MonkeyPatch], dict[str, Any]]] = {
     "docs/kernels/upsample_mlp.md": _maps,
     "docs/kernels/window_match.md": _maps,
     "docs/match.md": _bundled_pair,
+    "docs/migration.md": _interface,
     "docs/training.md": _training,
+    "docs/transformers.md": _interface,
     "docs/tutorials/end_to_end.md": _pair,
     "docs/weights.md": _weight_files,
 }
