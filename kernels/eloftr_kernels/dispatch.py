@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Backend = Literal["auto", "reference", "triton"]
 
@@ -81,6 +82,8 @@ def why_not_triton(tensors: Mapping[str, Tensor | None], head_size: int | None =
     """
     if not _TRITON_INSTALLED:
         return "triton is not installed"
+    if _forward_mode():
+        return "a forward-mode derivative is being taken, which the kernels do not compute"
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     kind = next(iter(given.values())).device.type
     if kind == "cpu" and chosen_backend() != "triton":
@@ -97,6 +100,11 @@ def why_not_triton(tensors: Mapping[str, Tensor | None], head_size: int | None =
     if head_size is not None and (head_size < MIN_HEAD_SIZE or head_size & (head_size - 1)):
         return f"the head size {head_size} is not a power of two of at least {MIN_HEAD_SIZE}"
     return None
+
+
+def _forward_mode() -> bool:
+    """Whether the call is inside a level of forward-mode differentiation (``torch.func.jvp``, dual numbers)."""
+    return not torch.compiler.is_compiling() and int(forward_ad._current_level) >= 0
 
 
 def is_cpu_inference(x: Tensor) -> bool:
@@ -152,6 +160,17 @@ def check_dtype(name: str, x: Tensor, expected: torch.dtype, remedy: str) -> Non
     """Raise TypeError unless ``x`` has the ``expected`` dtype."""
     if x.dtype != expected:
         raise TypeError(f"{name}: expected {expected}, got {x.dtype}; {remedy}.")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise unless ``value`` is a positive number. A tensor that requires a gradient would lose it: TypeError."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{name}: expected a number, got a tensor that requires a gradient, which the op does not compute. "
+            f"Divide the features by it before the call, or pass {name}.item()."
+        )
+    if not value > 0:
+        raise ValueError(f"{name}: expected a positive number, got {value!r}.")
 
 
 def check_devices(tensors: Mapping[str, Tensor | None]) -> None:

@@ -13,6 +13,7 @@ from eloftr_kernels.dispatch import (
     check_devices,
     check_dtype,
     check_indices,
+    check_positive,
     check_shape,
     is_cpu_inference,
     on_device_of,
@@ -338,8 +339,7 @@ def _check(
         raise TypeError(
             f"features0: expected a floating-point dtype, got {features0.dtype}; convert it with .float()."
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature!r}.")
+    check_positive("temperature", temperature)
 
 
 def _check_normalisers(

@@ -12,6 +12,7 @@ from eloftr_kernels.dispatch import (
     check_devices,
     check_dtype,
     check_indices,
+    check_positive,
     check_shape,
     on_device_of,
     use_triton,
@@ -65,8 +66,7 @@ def window_match(
         subpixel_temperature: positive.
         centred_subpixel: see :func:`~eloftr_kernels.window_match.subpixel_scores`.
         soft_temperature: positive T: also return the expectations of both pixels under :math:`p^{1/T}`,
-        normalised
-            over the 64x64 pairs.
+            normalised over the 64x64 pairs.
 
     Returns:
         Offsets (M, 2), float32 (float64 for float64 maps), also under autocast.
@@ -224,5 +224,5 @@ def _check(
         raise ValueError(f"subpixel_channels: expected 1 to D - 1 = {D - 1}, got {subpixel_channels}.")
     temperatures = {"subpixel_temperature": subpixel_temperature, "soft_temperature": soft_temperature}
     for name, temperature in temperatures.items():
-        if temperature is not None and not temperature > 0:
-            raise ValueError(f"{name}: expected a positive number, got {temperature!r}.")
+        if temperature is not None:
+            check_positive(name, temperature)
