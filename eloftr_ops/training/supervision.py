@@ -21,6 +21,7 @@ from torch import Tensor
 from eloftr_kernels.window_match import pixel_offsets
 from eloftr_ops.data.scene_geometry import reproject
 from eloftr_ops.geometry import fundamental_from_pose
+from eloftr_ops.geometry._precision import to_work
 from eloftr_ops.types import CELL, CoarsePairs, WindowTargets
 
 _SAME_SURFACE = 0.05  # relative difference of neighbouring depths up to which they are interpolated
@@ -67,7 +68,7 @@ def pairs_from_homography(
         valid0: (B, h0, w0) bool, cells that show the scene.
         valid1: (B, h1, w1) bool.
     """
-    H_1to0 = torch.linalg.inv_ex(H_0to1.double())[0].to(H_0to1)
+    H_1to0 = torch.linalg.inv_ex(to_work(H_0to1))[0].to(H_0to1)
     return _mutual_pairs(
         lambda points: _transformed(H_0to1[:, None], points),
         lambda points: _transformed(H_1to0[:, None], points),
@@ -177,12 +178,14 @@ def pairs_consistent_with_pose(
     points1 = _positions(candidates.cells1, grid1).to(K1)
     with torch.autocast(K0.device.type, enabled=False):
         F_0to1 = fundamental_from_pose(T_0to1, K0, K1)
-        turned = K1.double() @ T_0to1[:, :3, :3].double() @ torch.linalg.inv(K0.double())
-    moved, front = _transformed(turned[candidates.batch][:, None], points0[:, None].double())
-    rotated = torch.where(front[:, 0], (moved[:, 0] - points1).norm(dim=-1), torch.inf)
-    moving = T_0to1[:, :3, 3].norm(dim=-1)[candidates.batch] > 0
-    distance = torch.where(moving, _sampson(F_0to1.double()[candidates.batch], points0, points1), rotated)
-    kept = distance <= max_distance
+        turned = to_work(K1) @ to_work(T_0to1[:, :3, :3]) @ torch.linalg.inv(to_work(K0))
+    x0, x1 = to_work(points0), to_work(points1)
+    batch = candidates.batch.to(x0.device)
+    moved, front = _transformed(turned[batch][:, None], x0[:, None])
+    rotated = torch.where(front[:, 0], (moved[:, 0] - x1).norm(dim=-1), torch.inf)
+    moving = to_work(T_0to1)[:, :3, 3].norm(dim=-1)[batch] > 0
+    distance = torch.where(moving, _sampson(to_work(F_0to1)[batch], x0, x1), rotated)
+    kept = (distance <= max_distance).to(points0.device)
     return CoarsePairs(*(field[kept] for field in candidates))
 
 
@@ -283,7 +286,7 @@ def _window_targets(
 
 def _transformed(H: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Points (..., 2) under homographies (..., 3, 3), by sums that autocast leaves alone; False beyond the horizon."""
-    H = H * torch.linalg.det(H.double()).sign().to(H)[..., None, None]
+    H = H * torch.linalg.det(to_work(H)).sign().to(H)[..., None, None]
     x, y = points.unbind(-1)
     mapped = [H[..., row, 0] * x + H[..., row, 1] * y + H[..., row, 2] for row in range(3)]
     front = mapped[2] > 0
@@ -335,7 +338,7 @@ def _inverse_depth(depth: Tensor, batch: Tensor, points: Tensor) -> Tensor:
 
 def _sampson(F_0to1: Tensor, points0: Tensor, points1: Tensor) -> Tensor:
     """Sampson distance (M,) of points (M, 2) under matrices (M, 3, 3); Hartley and Zisserman, equation 11.9."""
-    x0, x1 = (F.pad(points.double(), (0, 1), value=1.0) for points in (points0, points1))
+    x0, x1 = (F.pad(points, (0, 1), value=1.0) for points in (points0, points1))
     line1 = (F_0to1 * x0[:, None]).sum(-1)
     line0 = (F_0to1 * x1[:, :, None]).sum(-2)
     slope = torch.cat([line0[:, :2], line1[:, :2]], dim=-1).norm(dim=-1)
