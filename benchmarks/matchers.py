@@ -238,10 +238,7 @@ def _our_transformers(entry: MatcherEntry, context: Context) -> Matcher:
     """The plain model behind transformers' interface: what that door adds to the bare operator."""
     from eloftr_ops.integrations.transformers import EfficientLoFTRForKeypointMatching
 
-    folder = context.folder / f"ours-{entry.preset}"
-    if not folder.exists():
-        plain_model(entry.preset).save_pretrained(folder, layout="transformers")
-    model: Any = EfficientLoFTRForKeypointMatching.from_pretrained(folder)
+    model: Any = EfficientLoFTRForKeypointMatching.from_pretrained(entry.preset)
     model = model.eval().to(context.device)
 
     def match(a: Tensor, b: Tensor) -> dict[str, Tensor]:
