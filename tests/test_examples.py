@@ -28,7 +28,7 @@ def test_every_example_is_tested_and_shown_in_the_docs() -> None:
     page = (EXAMPLES.parent / "examples.md").read_text()
     for path in EXAMPLES.glob("*.py"):
         assert f'_example("{path.stem}")' in tested
-        assert f'"docs/examples/{path.name}:2:"' in page
+        assert f'--8<-- "docs/examples/{path.name}:2:"' in page
 
 
 def test_the_panorama_is_wider_than_its_images() -> None:
