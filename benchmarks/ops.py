@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import eloftr_kernels
+from eloftr_kernels import AttentionWeights, MlpWeights
 
 TEMPERATURE = 0.1
 CELLS = (60, 80)  # of a 640x480 image, (height, width)
@@ -200,8 +201,21 @@ def _attention_layer(x: Tensor, mask: Tensor | None = None, **rest: Any) -> Tens
     norms = {
         name.removeprefix("update_"): rest.pop(name) for name in ("update_norm_weight", "update_norm_bias")
     }
-    message = eloftr_kernels.aggregated_attention(x, x, mask=mask, source_mask=mask, **rest)
-    return eloftr_kernels.upsample_mlp(x, message, **update, **norms, mask=mask)
+    message = _aggregated_attention(x, x, mask=mask, source_mask=mask, **rest)
+    return _upsample_mlp(x, message, **update, **norms, mask=mask)
+
+
+def _aggregated_attention(x: Tensor, source: Tensor, **rest: Any) -> Tensor:
+    """The op, its weights by their names in this registry."""
+    weights = {field: rest.pop(name) for field, name in zip(AttentionWeights._fields, _WEIGHTS, strict=True)}
+    return eloftr_kernels.aggregated_attention(x, source, AttentionWeights(**weights), **rest)
+
+
+def _upsample_mlp(x: Tensor, message: Tensor, mask: Tensor | None = None, **rest: Any) -> Tensor:
+    """The op, its weights by their names in this registry."""
+    names = (*_UPDATE, "norm_weight", "norm_bias")
+    weights = {field: rest.pop(name) for field, name in zip(MlpWeights._fields, names, strict=True)}
+    return eloftr_kernels.upsample_mlp(x, message, MlpWeights(**weights), mask=mask)
 
 
 def _norm(draw: Draw) -> Arguments:
@@ -364,14 +378,14 @@ OPS: dict[str, Op] = {
         _attention_arguments,
         _attention_work,
         ("x", "source", *_WEIGHTS),
-        eloftr_kernels.aggregated_attention,
+        _aggregated_attention,
         ("message",),
     ),
     "upsample_mlp": Op(
         _update_arguments,
         _update_work,
         ("x", "message", *_UPDATE, "norm_weight", "norm_bias"),
-        eloftr_kernels.upsample_mlp,
+        _upsample_mlp,
         ("y",),
     ),
     "mutual_best": Op(

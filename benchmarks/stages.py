@@ -79,7 +79,7 @@ def stage_operations(preset: str, size: tuple[int, int]) -> dict[str, float]:
     Convolutions count as what they are by definition, also where Winograd's algorithm takes a quarter of it. The
     windows, whose number the images decide, are left out: some thousandths of the whole.
     """
-    from eloftr_kernels.dual_softmax import reference
+    from eloftr_kernels.dual_softmax import cpu
     from eloftr_ops.model.coarse import score_cells
     from eloftr_ops.types import Features
 
@@ -95,7 +95,7 @@ def stage_operations(preset: str, size: tuple[int, int]) -> dict[str, float]:
 
     # As if compiled: everything in one piece, and no branch on values, of which there are none.
     as_compiled = patch.object(torch.compiler, "is_compiling", lambda: True)
-    one_block = patch.object(reference, "BLOCK_ELEMENTS", 1 << 62)
+    one_block = patch.object(cpu, "BLOCK_ELEMENTS", 1 << 62)
     with as_compiled, one_block, FakeTensorMode(allow_non_fake_inputs=True):
         features = Features(*counted("backbone", model.backbone, torch.empty(1, 1, *padded)), mask=None)
         operations["backbone"] *= 2  # images

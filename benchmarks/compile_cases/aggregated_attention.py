@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from eloftr_kernels.aggregated_attention import kernel, kernel_backward
+from eloftr_kernels import AttentionWeights
+from eloftr_kernels.aggregated_attention import launch as launches
 
 SHAPES = {"full": (256, 8), "small": (96, 6)}  # channels, heads
 HEIGHT, WIDTH = 60, 80
@@ -20,9 +21,11 @@ def launch(shape: str, dtype: torch.dtype) -> None:
 
     x = empty(2, channels, HEIGHT, WIDTH).to(memory_format=torch.channels_last)
     source = x.clone()
-    weights = [empty(channels, 1, 4, 4), empty(channels), empty(channels)]
-    weights += [empty(channels, channels) for _ in range(4)]
-    rotary = empty(2, kernel.token_count(x), channels // 2)
+    square = {name: empty(channels, channels) for name in ("q", "k", "v", "merge")}
+    weights = AttentionWeights(
+        aggregate=empty(channels, 1, 4, 4), norm=empty(channels), norm_bias=empty(channels), **square
+    )
+    rotary = empty(2, launches.token_count(x), channels // 2)
     mask = torch.empty(2, HEIGHT, WIDTH, dtype=torch.bool, device="meta")
-    message, *saved = kernel.forward(x, source, *weights, heads, rotary, mask, mask)
-    kernel_backward.backward(message, *saved, x, source, *weights, heads, rotary, mask, mask)
+    message, *saved = launches.forward(x, source, weights, heads, rotary, mask, mask)
+    launches.backward(message, launches.Saved(*saved), x, source, weights, heads, rotary, mask, mask)

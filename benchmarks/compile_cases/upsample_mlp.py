@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from eloftr_kernels.upsample_mlp import kernel
+from eloftr_kernels import MlpWeights
+from eloftr_kernels.upsample_mlp import launch as launches
 
 SHAPES = {"full": 256, "small": 96}  # channels
 HEIGHT, WIDTH = 60, 80
@@ -20,12 +21,12 @@ def launch(shape: str, dtype: torch.dtype) -> None:
 
     x = empty(2, channels, HEIGHT, WIDTH).to(memory_format=torch.channels_last)
     message = empty(2, channels, HEIGHT // 4, WIDTH // 4).to(memory_format=torch.channels_last)
-    weights = [
-        empty(2 * channels, 2 * channels),
-        empty(channels, 2 * channels),
-        empty(channels),
-        empty(channels),
-    ]
+    weights = MlpWeights(
+        expand=empty(2 * channels, 2 * channels),
+        contract=empty(channels, 2 * channels),
+        norm=empty(channels),
+        norm_bias=empty(channels),
+    )
     mask = torch.empty(2, HEIGHT, WIDTH, dtype=torch.bool, device="meta")
-    y = kernel.forward(x, message, *weights, mask)
-    kernel.backward(y, x, message, *weights, mask)
+    y = launches.forward(x, message, weights, mask)
+    launches.backward(y, x, message, weights, mask)

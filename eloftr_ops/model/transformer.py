@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from eloftr_kernels import aggregated_attention, upsample_mlp
-from eloftr_kernels.aggregated_attention.reference import AGGREGATION as AGGREGATION
+from eloftr_kernels import AttentionWeights, MlpWeights, aggregated_attention, upsample_mlp
+from eloftr_kernels.aggregated_attention.naive import AGGREGATION as AGGREGATION
 from eloftr_ops.config import EfficientLoFTRConfig
 from eloftr_ops.model.stages import stage
 
@@ -42,27 +42,27 @@ class AggregatedAttention(nn.Module):
         message = aggregated_attention(
             x,
             source,
-            self.aggregate.weight,
-            self.token_norm.weight,
-            self.token_norm.bias,
-            self.q_proj.weight,
-            self.k_proj.weight,
-            self.v_proj.weight,
-            self.merge.weight,
-            self.num_heads,
-            rotary,
-            mask,
-            source_mask,
+            AttentionWeights(
+                aggregate=self.aggregate.weight,
+                norm=self.token_norm.weight,
+                norm_bias=self.token_norm.bias,
+                q=self.q_proj.weight,
+                k=self.k_proj.weight,
+                v=self.v_proj.weight,
+                merge=self.merge.weight,
+            ),
+            num_heads=self.num_heads,
+            rotary=rotary,
+            mask=mask,
+            source_mask=source_mask,
         )
-        return upsample_mlp(
-            x,
-            message,
-            self.expand.weight,
-            self.contract.weight,
-            self.update_norm.weight,
-            self.update_norm.bias,
-            mask,
+        weights = MlpWeights(
+            expand=self.expand.weight,
+            contract=self.contract.weight,
+            norm=self.update_norm.weight,
+            norm_bias=self.update_norm.bias,
         )
+        return upsample_mlp(x, message, weights, mask=mask)
 
 
 class TransformerLayer(nn.Module):

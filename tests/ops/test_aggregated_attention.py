@@ -5,14 +5,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from eloftr_kernels import aggregated_attention, backend
-from eloftr_kernels.aggregated_attention import op, reference
+from eloftr_kernels import AttentionWeights, backend
+from eloftr_kernels import aggregated_attention as named_attention
+from eloftr_kernels.aggregated_attention import cpu, naive, op
 from support.attention_oracle import message_oracle
 from support.ops import assert_as_accurate, checked_gradcheck, gradients, poisoned_buffers, spy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "source", "aggregate", "norm weight", "norm bias", "q", "k", "v", "merge")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def flat(function):
+    """The operator with its tensors in one row, as tests of gradients want them."""
+
+    def call(x, source, *rest):
+        options = dict(zip(("num_heads", "rotary", "mask", "source_mask"), rest[7:], strict=False))
+        return function(x, source, AttentionWeights(*rest[:7]), **options)
+
+    return call
+
+
+aggregated_attention = flat(named_attention)
 
 
 class Case(NamedTuple):
@@ -71,8 +85,8 @@ CASES = {
 
 def check_kernel(case: Case, dtype: torch.dtype) -> None:
     given = case.to(dtype)
-    exact = given.to(torch.float64).run(reference.aggregated_attention)
-    same = given.run(reference.aggregated_attention)
+    exact = given.to(torch.float64).run(flat(cpu.aggregated_attention))
+    same = given.run(flat(cpu.aggregated_attention))
     with poisoned_buffers(), backend("triton"):
         message, grads = given.run()
     assert_as_accurate("message", message, same[0], exact[0])
@@ -83,10 +97,11 @@ def check_kernel(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_reference_is_the_papers_formula(rotary: bool, masked: bool) -> None:
+@pytest.mark.parametrize("module", [naive, cpu], ids=["naive", "cpu"])
+def test_pytorch_is_the_papers_formula(module, rotary: bool, masked: bool) -> None:
     case = make((5, 6), channels=8, rotary=rotary, masked=masked)
     x, source, conv, norm_weight, norm_bias, *projections = (t.cpu() for t in case.tensors)
-    got = reference.aggregated_attention(*case.tensors, *case[1:]).cpu()
+    got = flat(module.aggregated_attention)(*case.tensors, *case[1:]).cpu()
     everywhere = torch.ones(2, 5, 6, dtype=torch.bool)
     masks = [everywhere if m is None else m.cpu() for m in case[3:]]
     table = case.rotary if case.rotary is None else case.rotary.cpu()
@@ -98,9 +113,11 @@ def test_reference_is_the_papers_formula(rotary: bool, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_reference_gradients(masked: bool) -> None:
+@pytest.mark.parametrize("module", [naive, cpu], ids=["naive", "cpu"])
+def test_gradients_in_pytorch(module, masked: bool) -> None:
     case = make((6, 9), (9, 7), channels=4, masked=masked)
-    checked_gradcheck(lambda *tensors: reference.aggregated_attention(*tensors, *case[1:]), case.tensors)
+    function = flat(module.aggregated_attention)
+    checked_gradcheck(lambda *tensors: function(*tensors, *case[1:]), case.tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -137,7 +154,7 @@ def test_empty_batch(name: str) -> None:
 def test_equal_maxima_send_their_gradient_to_the_first_cell() -> None:
     case = make((8, 8)).to(torch.float32)
     case.tensors[1] = case.tensors[1].round()
-    wanted = case.run(reference.aggregated_attention)[1][1]
+    wanted = case.run(flat(cpu.aggregated_attention))[1][1]
     with backend("triton"):
         got = case.run()[1][1]
     assert torch.equal(got != 0, wanted != 0)
@@ -153,9 +170,9 @@ def test_nan_is_not_hidden() -> None:
 
 def test_autocast() -> None:
     case = make(rotary=True).to(torch.float32)
-    exact = case.to(torch.float64).run(reference.aggregated_attention)
+    exact = case.to(torch.float64).run(flat(cpu.aggregated_attention))
     with torch.autocast(DEVICE, torch.bfloat16):
-        same = case.run(reference.aggregated_attention)
+        same = case.run(flat(cpu.aggregated_attention))
         with backend("triton"):
             message, grads = case.run()
     assert message.dtype == torch.bfloat16
@@ -172,13 +189,14 @@ def test_opcheck(sliced: bool) -> None:
         tensors[0] = torch.cat([tensors[0]] * 2, 2)[:, :, :5].to(memory_format=torch.channels_last)
         tensors[1] = torch.cat([tensors[1]] * 2, 3)[:, :, :, ::2]
     tensors = [t.requires_grad_() for t in tensors]
-    torch.library.opcheck(op._forward, (*tensors, *case[1:]))
+    inputs = (*tensors[:2], tensors[2:], *case[1:])
+    torch.library.opcheck(op._forward, inputs)
     with torch.no_grad():
-        message, *saved = op._forward(*tensors, *case[1:])
+        message, *saved = op._forward(*inputs)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        op._backward, (message, *saved, *(t.detach() for t in tensors), *case[1:]), test_utils=checks
-    )
+    detached = [t.detach() for t in tensors]
+    inputs = (message, saved, *detached[:2], detached[2:], *case[1:])
+    torch.library.opcheck(op._backward, inputs, test_utils=checks)
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
@@ -191,22 +209,22 @@ def test_one_graph(name: str) -> None:
 
 
 def test_each_backend_runs_what_it_says() -> None:
-    from eloftr_kernels.aggregated_attention import kernel, kernel_backward
+    from eloftr_kernels.aggregated_attention import launch
 
     case = make((4, 4), batch=1).to(torch.float32)
     for name, kernels in (("triton", 1), ("reference", 0), ("auto", int(DEVICE == "cuda"))):
-        with spy(kernel, "forward") as f, spy(kernel_backward, "backward") as b, backend(name):
+        with spy(launch, "forward", "backward") as calls, backend(name):
             case.run()
-        assert (f["forward"], b["backward"]) == (2 * kernels, kernels)
+        assert calls == {"forward": 2 * kernels, "backward": kernels}
 
 
 def test_backward_runs_what_forward_ran() -> None:
-    from eloftr_kernels.aggregated_attention import kernel_backward
+    from eloftr_kernels.aggregated_attention import launch
 
     case = make((4, 4), batch=1).to(torch.float32)
     with backend("triton"):
         output = aggregated_attention(*(t.requires_grad_() for t in case.tensors), 2)
-    with spy(kernel_backward, "backward") as calls, backend("reference"):
+    with spy(launch, "backward") as calls, backend("reference"):
         output.sum().backward()
     assert calls["backward"] == 1
 
@@ -238,15 +256,15 @@ BAD = {
     "x: expected": {0: torch.zeros(2, 32, 9)},
     "source: expected": {1: torch.zeros(2, 16, 9, 10)},
     "at least one row": {0: torch.zeros(2, 32, 0, 10)},
-    "aggregate_weight: expected": {2: torch.zeros(32, 32, 4, 4)},
-    "norm_bias: expected": {4: torch.zeros(31)},
-    "merge_weight: expected": {8: torch.zeros(32, 64)},
+    "weights.aggregate: expected": {2: torch.zeros(32, 32, 4, 4)},
+    "weights.norm_bias: expected": {4: torch.zeros(31)},
+    "weights.merge: expected": {8: torch.zeros(32, 64)},
     "num_heads: expected a divisor": {9: 3},
     "rotary: expected": {10: torch.zeros(2, 8, 16)},
     "mask: expected": {11: torch.ones(2, 9, 9, dtype=torch.bool)},
     "source_mask: expected torch.bool": {12: torch.ones(2, 9, 10)},
-    "k_weight: expected torch.float32": {6: torch.zeros(32, 32, dtype=torch.float64)},
-    "q_weight: expected the device": {5: torch.zeros(32, 32, device="meta")},
+    "weights.k: expected torch.float32": {6: torch.zeros(32, 32, dtype=torch.float64)},
+    "weights.q: expected the device": {5: torch.zeros(32, 32, device="meta")},
 }
 
 
@@ -264,3 +282,9 @@ def test_rotary_needs_equal_token_counts() -> None:
     case = make((8, 8), (4, 8)).to(torch.float32)
     with pytest.raises(ValueError, match="equally many tokens, got 4 and 2"):
         aggregated_attention(*case.tensors, 2, torch.zeros(2, 4, 16, device=DEVICE))
+
+
+def test_weights_come_by_name() -> None:
+    case = make().to(torch.float32)
+    with pytest.raises(TypeError, match="weights: expected AttentionWeights"):
+        named_attention(*case.tensors[:2], tuple(case.tensors[2:]), num_heads=2)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eloftr_kernels.dispatch import backend
-from eloftr_kernels.dual_softmax import dual_softmax_lse, mutual_best, op, pair_scores, reference, why_not
+from eloftr_kernels.dual_softmax import cpu, dual_softmax_lse, mutual_best, naive, op, pair_scores, why_not
 from support.ops import assert_as_accurate, checked_gradcheck, poisoned_buffers, spy
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,13 +93,14 @@ def scalar_lse(values: list[float]) -> float:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_reference_is_the_scalar_oracle(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 20)  # several blocks of rows
+@pytest.mark.parametrize("module", [naive, cpu], ids=["naive", "cpu"])
+def test_pytorch_is_the_scalar_oracle(module, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", 20)  # several blocks of rows
     f0, f1 = features(2, 7, 5, 4)
     m0, m1 = masks_for(2, 7, 5) if masked else (None, None)
-    row, col = reference.dual_softmax_lse(f0, f1, TEMPERATURE, m0, m1)
-    best1, best0, score1 = reference.mutual_best(f0, f1, TEMPERATURE, row, col, m0, m1)
-    raw1, raw0, raw_score1 = reference.mutual_best(f0, f1, TEMPERATURE, None, None, m0, m1)
+    row, col = module.dual_softmax_lse(f0, f1, TEMPERATURE, m0, m1)
+    best1, best0, score1 = module.mutual_best(f0, f1, TEMPERATURE, row, col, m0, m1)
+    raw1, raw0, raw_score1 = module.mutual_best(f0, f1, TEMPERATURE, None, None, m0, m1)
     for b, s in enumerate(scalar_scores(f0, f1, m0, m1)):
         columns = list(zip(*s, strict=True))
         r, c = [scalar_lse(x) for x in s], [scalar_lse(list(x)) for x in columns]
@@ -126,8 +127,21 @@ def test_reference_is_the_scalar_oracle(masked: bool, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("masked", [False, True])
+def test_the_naive_gradient_is_that_of_the_blocks(masked: bool) -> None:
+    masks = masks_for(2, 7, 5) if masked else (None, None)
+    found = []
+    for module in (naive, cpu):
+        leaves = [f.requires_grad_() for f in features(2, 7, 5, 4)]
+        row, col = module.dual_softmax_lse(*leaves, TEMPERATURE, *masks)
+        found.append(torch.autograd.grad(row.sin().sum() + col.cos().sum(), leaves))
+    for got, wanted in zip(*found, strict=True):
+        assert wanted.any()
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("masked", [False, True])
 def test_reference_gradient(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 20)
+    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", 20)
     masks = masks_for(1, 7, 5) if masked else (None, None)
     f0, f1 = features(1, 7, 5, 4)
     batch, cells0, cells1 = torch.tensor([[0, 0, 0], [0, 0, 3], [0, 4, 3]], device=DEVICE)
@@ -161,7 +175,7 @@ def test_kernels_are_as_accurate_as_the_reference(
     exact = with_gradients(joined(*masks), f0.double(), f1.double())
     with backend("reference"):
         same = with_gradients(joined(*masks), f0, f1)
-    with backend("triton"), poisoned_buffers(), spy(reference, "dual_softmax_lse") as calls:
+    with backend("triton"), poisoned_buffers(), spy(cpu, "dual_softmax_lse") as calls:
         actual = with_gradients(joined(*masks), f0, f1)
     assert calls["dual_softmax_lse"] == 0
     lse = [values[0][valid.to(DEVICE)] for values in (actual, same, exact)]
@@ -182,8 +196,8 @@ def test_best_partners_are_the_reference_s(
     f0, f1 = features(*shape, dtype)
     masks = masks_for(*shape[:3])
     lse = dual_softmax_lse(f0, f1, TEMPERATURE, *masks) if normalised else (None, None)
-    expected = reference.mutual_best(f0, f1, TEMPERATURE, *lse, *masks)
-    with backend("triton"), poisoned_buffers(), spy(reference, "mutual_best") as calls:
+    expected = cpu.mutual_best(f0, f1, TEMPERATURE, *lse, *masks)
+    with backend("triton"), poisoned_buffers(), spy(cpu, "mutual_best") as calls:
         actual = mutual_best(f0, f1, TEMPERATURE, *lse, *masks)
     assert calls["mutual_best"] == 0
     # Random scores do not tie, and a margin below rounding is unlikely: no exception is needed at this seed.
@@ -195,7 +209,7 @@ def test_best_partners_are_the_reference_s(
 
 @pytest.mark.parametrize("name", ["auto", "triton"])
 def test_ties_go_to_the_lowest_index(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 500)
+    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", 500)
     f0, f1 = (torch.ones(1, n, 16, device=DEVICE) for n in (140, 130))
     with backend(name):  # type: ignore[arg-type]
         for best in mutual_best(f0, f1, 1.0)[:2]:
@@ -220,12 +234,12 @@ def test_many_launches_and_programs_agree_with_one(monkeypatch: pytest.MonkeyPat
 
 
 def test_tiles_of_gpus_with_little_shared_memory_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    from eloftr_kernels.dual_softmax import kernel
+    from eloftr_kernels.dual_softmax import kernel_forward
 
     f0, f1 = features(1, 140, 40, 24, torch.float16)
     with backend("triton"):
         large = with_gradients(joined(), f0, f1)
-        monkeypatch.setattr(kernel, "large_shared_memory", lambda: False)
+        monkeypatch.setattr(kernel_forward, "large_shared_memory", lambda: False)
         with poisoned_buffers():
             small = with_gradients(joined(), f0, f1)
     torch.testing.assert_close(small[0], large[0])
@@ -312,7 +326,7 @@ def test_a_fully_masked_image_has_finite_values_and_zero_gradients(name: str) ->
 def test_opcheck() -> None:
     f0, f1 = features(2, 20, 17, 24, torch.float32)
     masks = masks_for(2, 20, 17)
-    lse = reference.dual_softmax_lse(f0, f1, TEMPERATURE)
+    lse = cpu.dual_softmax_lse(f0, f1, TEMPERATURE)
     channel_first, sliced = f0.mT.contiguous().mT, torch.cat([f1, f1], 2)[:, :, :24]
     leaves = [t.detach().requires_grad_() for t in (channel_first, sliced)]
     torch.library.opcheck(op._lse_op, (*leaves, TEMPERATURE, *masks))
@@ -377,7 +391,7 @@ class _LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_no_tensor_of_all_pairs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     L, S, C = 200, 150, 8
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 16 * S)
+    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", 16 * S)
     f0, f1 = features(1, L, S, C, torch.float32)
     with backend(name), _LargestTensor() as largest:  # type: ignore[arg-type]
         with_gradients(joined(), f0, f1)

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eloftr_kernels import backend, dual_softmax_best
-from eloftr_kernels.dual_softmax import one_pass, op, reference
+from eloftr_kernels.dual_softmax import cpu, one_pass, op
 from support.ops import spy
 
 TEMPERATURE = 0.5
 
 
 def two_passes(f0: Tensor, f1: Tensor, masks: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    lse = reference.dual_softmax_lse(f0, f1, TEMPERATURE, *masks)
-    return *lse, *reference.mutual_best(f0, f1, TEMPERATURE, *lse, *masks)
+    lse = cpu.dual_softmax_lse(f0, f1, TEMPERATURE, *masks)
+    return *lse, *cpu.mutual_best(f0, f1, TEMPERATURE, *lse, *masks)
 
 
 def matches(result: tuple[Tensor, ...], threshold: float, masks: tuple[Tensor | None, ...]) -> list[tuple]:
@@ -38,8 +38,8 @@ def matches(result: tuple[Tensor, ...], threshold: float, masks: tuple[Tensor | 
 
 @pytest.fixture(autouse=True)
 def _several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 1 << 9)
-    monkeypatch.setattr(reference, "BLOCK_COLUMNS", 32)
+    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", 1 << 9)
+    monkeypatch.setattr(cpu, "BLOCK_COLUMNS", 32)
     # In blocks this small, lists are long beside them: without limits there is never a second pass.
     monkeypatch.setattr(one_pass, "MOST_GROUPS", 1.0)
     monkeypatch.setattr(one_pass, "MOST_CANDIDATES", 1 << 20)
@@ -104,7 +104,7 @@ def second_passes(f0: Tensor, f1: Tensor, threshold: float) -> int:
 
 
 def test_too_many_candidates_are_left_to_a_second_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "BLOCK_COLUMNS", 128)
+    monkeypatch.setattr(cpu, "BLOCK_COLUMNS", 128)
     f0 = 2 * torch.randn(1, 128, 8, generator=torch.Generator().manual_seed(0))
     alike = torch.zeros(1, 128, 8)
     for groups, candidates, expected in ((1.0, 200, (0, 0)), (1.0, 8, (0, 1)), (0.9, 200, (0, 1))):
@@ -138,7 +138,7 @@ def test_which_way_is_taken() -> None:
     f0, f1 = torch.randn(1, 8, 16), torch.randn(1, 12, 16)
 
     def ways(*arguments: object) -> tuple[int, int]:
-        with spy(one_pass, "dual_softmax_best") as one, spy(reference, "mutual_best") as two:
+        with spy(one_pass, "dual_softmax_best") as one, spy(cpu, "mutual_best") as two:
             dual_softmax_best(*arguments)
         return one["dual_softmax_best"], two["mutual_best"]
 
@@ -161,7 +161,7 @@ def test_the_gradient_of_the_normalisers_is_theirs() -> None:
     f0, f1 = (torch.randn(1, n, 4, requires_grad=True) for n in (6, 5))
     row_lse, col_lse, *best = dual_softmax_best(f0, f1, TEMPERATURE, 0.2)
     got = torch.autograd.grad(row_lse.sum() + 2 * col_lse.sum(), (f0, f1))
-    expected = reference.dual_softmax_lse(f0, f1, TEMPERATURE)
+    expected = cpu.dual_softmax_lse(f0, f1, TEMPERATURE)
     wanted = torch.autograd.grad(expected[0].sum() + 2 * expected[1].sum(), (f0, f1))
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     assert not any(x.requires_grad for x in best)

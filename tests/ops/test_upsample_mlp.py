@@ -5,14 +5,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from eloftr_kernels import backend, upsample_mlp
-from eloftr_kernels.upsample_mlp import op, reference
+from eloftr_kernels import MlpWeights, backend
+from eloftr_kernels import upsample_mlp as named_mlp
+from eloftr_kernels.upsample_mlp import cpu, naive, op
 from support.attention_oracle import update_oracle
 from support.ops import assert_as_accurate, checked_gradcheck, gradients, poisoned_buffers, spy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "message", "expand", "contract", "norm weight", "norm bias")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def flat(function):
+    """The operator with its tensors in one row, as tests of gradients want them."""
+
+    def call(x, message, *rest):
+        mask = rest[4] if len(rest) > 4 else None
+        return function(x, message, MlpWeights(*rest[:4]), mask=mask)
+
+    return call
+
+
+upsample_mlp = flat(named_mlp)
 
 
 class Case(NamedTuple):
@@ -57,8 +71,8 @@ CASES = {
 
 def check_kernel(case: Case, dtype: torch.dtype) -> None:
     given = case.to(dtype)
-    exact = given.to(torch.float64).run(reference.upsample_mlp)
-    same = given.run(reference.upsample_mlp)
+    exact = given.to(torch.float64).run(flat(cpu.upsample_mlp))
+    same = given.run(flat(cpu.upsample_mlp))
     with poisoned_buffers(), backend("triton"):
         y, grads = given.run()
     assert_as_accurate("result", y, same[0], exact[0])
@@ -68,9 +82,10 @@ def check_kernel(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_reference_is_the_papers_formula(masked: bool) -> None:
+@pytest.mark.parametrize("module", [naive, cpu], ids=["naive", "cpu"])
+def test_pytorch_is_the_papers_formula(module, masked: bool) -> None:
     case = make((6, 9), channels=4, masked=masked)
-    got = reference.upsample_mlp(*case.tensors, case.mask).cpu()
+    got = flat(module.upsample_mlp)(*case.tensors, case.mask).cpu()
     x, message, *weights = (t.cpu() for t in case.tensors)
     mask = torch.ones(2, 6, 9, dtype=torch.bool) if case.mask is None else case.mask.cpu()
     for b in range(2):
@@ -79,9 +94,11 @@ def test_reference_is_the_papers_formula(masked: bool) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_reference_gradients(masked: bool) -> None:
+@pytest.mark.parametrize("module", [naive, cpu], ids=["naive", "cpu"])
+def test_gradients_in_pytorch(module, masked: bool) -> None:
     case = make((6, 9), channels=4, masked=masked)
-    checked_gradcheck(lambda *tensors: reference.upsample_mlp(*tensors, case.mask), case.tensors)
+    function = flat(module.upsample_mlp)
+    checked_gradcheck(lambda *tensors: function(*tensors, case.mask), case.tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -124,7 +141,7 @@ def test_empty_batch(name: str) -> None:
 
 def test_upsampling_is_transposed_exactly() -> None:
     """<up(m), g> = <m, up^T(g)> for the whole map, whose borders repeat the outer tokens."""
-    from eloftr_kernels.upsample_mlp import kernel
+    from eloftr_kernels.upsample_mlp import kernel_backward
 
     channels, height, width = 16, 10, 7
     g = torch.Generator().manual_seed(0)
@@ -133,7 +150,7 @@ def test_upsampling_is_transposed_exactly() -> None:
     up = torch.nn.functional.interpolate(coarse, scale_factor=4.0, mode="bilinear")
     up = up[..., :height, :width].flatten(2).mT
     back = torch.full((1, 6, 2 * channels), float("nan"), device=DEVICE)
-    kernel._upsample_bwd[1, 1, 1](
+    kernel_backward._upsample_bwd[1, 1, 1](
         grad, grad, grad, back, height, width, C=channels, HAS_MASK=False, BLOCK_T=16, BLOCK_U=32
     )
     torch.testing.assert_close((up * grad).sum(), (coarse.flatten(2).mT * back).sum())
@@ -141,12 +158,12 @@ def test_upsampling_is_transposed_exactly() -> None:
 
 @pytest.mark.parametrize("case", [make((27, 10)), make((27, 10), masked=True), make((8, 5), batch=1)])
 def test_rows_taken_piece_by_piece_give_the_whole(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    with torch.enable_grad(), spy(reference.F, "layer_norm") as calls:
-        whole = reference.upsample_mlp(*case.tensors, case.mask)
+    with torch.enable_grad(), spy(cpu.F, "layer_norm") as calls:
+        whole = flat(cpu.upsample_mlp)(*case.tensors, case.mask)
     assert calls["layer_norm"] == 1  # a graph could be recorded: all rows at once
-    monkeypatch.setattr(reference, "PIECE_ELEMENTS", 1)  # four rows of cells at a time
-    with torch.no_grad(), spy(reference.F, "layer_norm") as calls:
-        pieces = reference.upsample_mlp(*case.tensors, case.mask)
+    monkeypatch.setattr(cpu, "PIECE_ELEMENTS", 1)  # four rows of cells at a time
+    with torch.no_grad(), spy(cpu.F, "layer_norm") as calls:
+        pieces = flat(cpu.upsample_mlp)(*case.tensors, case.mask)
     rows = case.tensors[0].shape[2]
     assert calls["layer_norm"] == (-(-rows // 4) if DEVICE == "cpu" else 1)
     torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=1e-12)
@@ -163,10 +180,10 @@ def test_nan_is_not_hidden() -> None:
 @pytest.mark.parametrize("message_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(message_dtype: torch.dtype) -> None:
     case = make(channels=16).to(torch.float32)
-    exact = case.to(torch.float64).run(reference.upsample_mlp)
+    exact = case.to(torch.float64).run(flat(cpu.upsample_mlp))
     case.tensors[1] = case.tensors[1].to(message_dtype)
     with torch.autocast(DEVICE, torch.bfloat16):
-        same = case.run(reference.upsample_mlp)
+        same = case.run(flat(cpu.upsample_mlp))
         with backend("triton"):
             y, grads = case.run()
     assert y.dtype == torch.float32
@@ -182,12 +199,14 @@ def test_opcheck(sliced: bool) -> None:
     if sliced:
         tensors[0] = torch.cat([tensors[0]] * 2, 2)[:, :, :5].to(memory_format=torch.channels_last)
         tensors[1] = torch.cat([tensors[1]] * 2, 3)[:, :, :, ::2]
-    inputs = (*(t.requires_grad_() for t in tensors), case.mask)
+    tensors = [t.requires_grad_() for t in tensors]
+    inputs = (*tensors[:2], tensors[2:], case.mask)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(op._forward, inputs, **({"test_utils": checks} if sliced else {}))
     with torch.no_grad():
         y = op._forward(*inputs)
-    inputs = (*(t.detach() for t in tensors), case.mask)
+    detached = [t.detach() for t in tensors]
+    inputs = (*detached[:2], detached[2:], case.mask)
     torch.library.opcheck(op._backward, (y, *inputs), test_utils=checks)
 
 
@@ -201,11 +220,11 @@ def test_one_graph(name: str) -> None:
 
 
 def test_each_backend_runs_what_it_says() -> None:
-    from eloftr_kernels.upsample_mlp import kernel
+    from eloftr_kernels.upsample_mlp import launch
 
     case = make((4, 4), batch=1, channels=16).to(torch.float32)
     for name, kernels in (("triton", 1), ("reference", 0), ("auto", int(DEVICE == "cuda"))):
-        with spy(kernel, "forward", "backward") as calls, backend(name):
+        with spy(launch, "forward", "backward") as calls, backend(name):
             case.run()
         assert calls == {"forward": 2 * kernels, "backward": kernels}
 
@@ -224,14 +243,14 @@ BAD = {
     "x: expected": {0: torch.zeros(2, 32, 9)},
     "at least one row": {0: torch.zeros(2, 32, 9, 0)},
     "message: expected": {1: torch.zeros(2, 32, 2, 3)},
-    "expand_weight: expected": {2: torch.zeros(32, 64)},
-    "contract_weight: expected": {3: torch.zeros(64, 64)},
-    "norm_weight: expected": {4: torch.zeros(64)},
-    "norm_bias: expected": {5: torch.zeros(32, 1)},
+    "weights.expand: expected": {2: torch.zeros(32, 64)},
+    "weights.contract: expected": {3: torch.zeros(64, 64)},
+    "weights.norm: expected": {4: torch.zeros(64)},
+    "weights.norm_bias: expected": {5: torch.zeros(32, 1)},
     "mask: expected .B, H, W.": {6: torch.ones(2, 9, 9, dtype=torch.bool)},
     "mask: expected torch.bool": {6: torch.ones(2, 9, 10)},
     "message: expected torch.float32": {1: torch.zeros(2, 32, 3, 3, dtype=torch.float16)},
-    "norm_bias: expected the device": {5: torch.zeros(32, device="meta")},
+    "weights.norm_bias: expected the device": {5: torch.zeros(32, device="meta")},
 }
 
 
@@ -242,3 +261,9 @@ def test_bad_input(message: str) -> None:
         arguments[index] = value if value.device.type == "meta" else value.to(DEVICE)
     with pytest.raises((ValueError, TypeError), match=message):
         upsample_mlp(*arguments)
+
+
+def test_weights_come_by_name() -> None:
+    case = make().to(torch.float32)
+    with pytest.raises(TypeError, match="weights: expected MlpWeights"):
+        named_mlp(*case.tensors[:2], tuple(case.tensors[2:]))

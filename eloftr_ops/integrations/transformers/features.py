@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from eloftr_kernels.aggregated_attention.reference import rotate_pairs, token_mask
+from eloftr_kernels.aggregated_attention.naive import rotate_pairs, token_mask
 from eloftr_ops import EfficientLoFTR
 from eloftr_ops.integrations.transformers.labels import PairFeatures
 from eloftr_ops.model.matcher import SIZE_MULTIPLE

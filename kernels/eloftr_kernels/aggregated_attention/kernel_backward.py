@@ -9,16 +9,10 @@ is summed over blocks is written once per block and added by ``torch.sum``, so t
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from eloftr_kernels import dispatch
-from eloftr_kernels.aggregated_attention.kernel import (
-    BLOCK_TOKENS,
+from eloftr_kernels.aggregated_attention.kernel_forward import (
     CELLS,
     SIDE,
     _convolve,
@@ -27,7 +21,6 @@ from eloftr_kernels.aggregated_attention.kernel import (
     _pool,
     _rotate,
 )
-from eloftr_kernels.aggregated_attention.reference import AGGREGATION
 
 
 @triton.jit
@@ -244,114 +237,3 @@ def _tokens_bwd(
                 token < source_total, source_columns, SH, SW, source_stride_c, source_stride_y, source_stride_x,
                 grad_source_stride_c, grad_source_stride_y, grad_source_stride_x, C, HAS_SOURCE_MASK, BLOCK_T, BLOCK_C,
             )  # fmt: skip
-
-
-def backward(
-    grad: Tensor,  # (B, N, C), of the message
-    q: Tensor,  # (B, N, C)
-    k: Tensor,  # (B, M, C)
-    v: Tensor,  # (B, M, C)
-    attended: Tensor,  # (B, N, C)
-    lse: Tensor,  # (B, heads, N) float32
-    key_valid: Tensor,  # (B, M) bool
-    x: Tensor,
-    source: Tensor,
-    aggregate_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    v_weight: Tensor,
-    merge_weight: Tensor,
-    num_heads: int,
-    rotary: Tensor | None,
-    mask: Tensor | None,
-    source_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, source, and the seven weights, in the forward pass's order."""
-    # Invalid tokens have no message: what arrives for them reaches no parameter. Their rows of ``attended`` are zero
-    # already, and +inf in ``lse`` stops the rest.
-    grad = grad.to(q.dtype).contiguous()
-    grad_q, grad_k, grad_v = _attention_backward(
-        grad @ merge_weight, q, k, v, attended, lse, key_valid, num_heads, rotary, source_mask is not None
-    )
-    grad_key = grad_k @ k_weight + grad_v @ v_weight
-    grad_x, grad_source, query, key, norm, conv = _tokens_backward(
-        grad_q @ q_weight, grad_key, x, source, aggregate_weight, norm_weight, norm_bias, mask, source_mask
-    )
-    grad_conv = conv.sum(0).T.to(aggregate_weight.dtype).contiguous().reshape(aggregate_weight.shape)
-    grad_norm_weight, grad_norm_bias = norm.sum(0).to(norm_weight.dtype).unbind()
-    # Two views of one buffer may not leave an operator.
-    grad_norm_weight, grad_norm_bias = grad_norm_weight.clone(), grad_norm_bias.clone()
-    return (
-        grad_x,
-        grad_source,
-        grad_conv,
-        grad_norm_weight,
-        grad_norm_bias,
-        _weight_gradient(grad_q, query),
-        _weight_gradient(grad_k, key),
-        _weight_gradient(grad_v, key),
-        _weight_gradient(grad, attended),
-    )
-
-
-def _weight_gradient(grad: Tensor, tokens: Tensor) -> Tensor:
-    """Of a linear map of tokens (B, N, C) whose outputs received ``grad``."""
-    return grad.flatten(0, 1).T @ tokens.flatten(0, 1)
-
-
-def _attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attended: Tensor,
-    lse: Tensor,
-    key_valid: Tensor,
-    num_heads: int,
-    rotary: Tensor | None,
-    masked: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, queries, channels), keys = q.shape, k.shape[1]
-    size = channels // num_heads
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    block_q, block_k = (32, 16) if q.dtype == torch.float32 else (64, 64)
-    grid = (triton.cdiv(keys, block_k) + triton.cdiv(queries, block_q), num_heads, batch)
-    if batch:
-        _attention_bwd[grid](
-            q, k, v, key_valid, attended, lse, grad, q if rotary is None else rotary.contiguous(), grad_q, grad_k,
-            grad_v, queries, keys, size**-0.5, math.log2(math.e) * size**-0.5, C=channels, HEADS=num_heads, D=size,
-            HAS_SOURCE_MASK=masked, ROTARY=rotary is not None, BLOCK_Q=block_q, BLOCK_K=block_k,
-            PRECISION=dispatch.dot_precision(q.dtype), num_warps=4, num_stages=2,
-        )  # fmt: skip
-    return grad_q, grad_k, grad_v
-
-
-def _tokens_backward(
-    grad_query: Tensor,
-    grad_key: Tensor,
-    x: Tensor,
-    source: Tensor,
-    aggregate_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    mask: Tensor | None,
-    source_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (batch, queries, channels), keys = grad_query.shape, grad_key.shape[1]
-    blocks, source_blocks = triton.cdiv(queries, BLOCK_TOKENS), triton.cdiv(keys, BLOCK_TOKENS)
-    grad_x, grad_source = torch.empty_like(x), torch.empty_like(source)
-    query, key = torch.empty_like(grad_query), torch.empty_like(grad_key)
-    norm = x.new_empty((batch * (blocks + source_blocks), 2, channels), dtype=torch.float32)
-    conv = x.new_empty((batch * blocks, AGGREGATION**2, channels), dtype=torch.float32)
-    if batch:
-        _tokens_bwd[2 * max(blocks, source_blocks), batch](
-            x, source, x if mask is None else mask.contiguous(),
-            source if source_mask is None else source_mask.contiguous(), aggregate_weight.contiguous(),
-            norm_weight.contiguous(), norm_bias.contiguous(), grad_query, grad_key, query, key, grad_x, grad_source,
-            norm, conv, *x.shape[2:], *x.stride(), *grad_x.stride(), *source.shape[2:], *source.stride(),
-            *grad_source.stride(), C=channels, HAS_MASK=mask is not None, HAS_SOURCE_MASK=source_mask is not None,
-            BLOCK_T=BLOCK_TOKENS, BLOCK_C=triton.next_power_of_2(channels), num_warps=8,
-        )  # fmt: skip
-    return grad_x, grad_source, query, key, norm, conv

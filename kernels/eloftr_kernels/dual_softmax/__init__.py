@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streaming dual softmax: ``op.py`` holds the public functions, ``reference.py`` the formulas."""
+"""Streaming dual softmax: ``op.py`` holds the public functions, ``naive.py`` the formulas."""
 
 from eloftr_kernels.dual_softmax.op import (
     dual_softmax_best,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eloftr_kernels.dispatch import dot_precision
-from eloftr_kernels.dual_softmax import kernel
+from eloftr_kernels.dual_softmax import kernel_backward, kernel_forward
 from eloftr_kernels.kernel_common import dot_dtype, power_of_2
 
 ROWS_PER_LAUNCH = 1 << 15  # bounds the column workspace to S * ROWS_PER_LAUNCH / rows-of-a-tile elements
@@ -75,7 +75,7 @@ def backward_constants(tiles: Tiles, dtype: torch.dtype, channels: int) -> dict[
 def dual_softmax_lse_forward(
     features0: Tensor, features1: Tensor, temperature: float, mask0: Tensor | None, mask1: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Launch the forward; arguments as in ``reference.dual_softmax_lse``."""
+    """Launch the forward; arguments as in ``naive.dual_softmax_lse``."""
     (B, L, C), S = features0.shape, features1.shape[1]
     row_lse, col_lse = (
         features0.new_empty((B, L), dtype=torch.float32),
@@ -83,23 +83,23 @@ def dual_softmax_lse_forward(
     )
     if 0 in (B, L, S):
         return row_lse.fill_(-torch.inf), col_lse.fill_(-torch.inf)
-    tiles = forward_tiles(features0.dtype, C, kernel.large_shared_memory())
+    tiles = forward_tiles(features0.dtype, C, kernel_forward.large_shared_memory())
     constants = forward_constants(tiles, features0.dtype, C)
     splits = _blocks(S, SPAN)
     row_parts = row_lse.new_empty((B, splits, L))
     for first_row in range(0, L, ROWS_PER_LAUNCH):
         row_tiles = _blocks(min(ROWS_PER_LAUNCH, L - first_row), tiles.rows)
         col_parts = row_lse.new_empty((B, row_tiles, S))
-        kernel._dual_softmax_lse_fwd[(row_tiles * splits * B,)](
+        kernel_forward._dual_softmax_lse_fwd[(row_tiles * splits * B,)](
             features0, features1, mask0, mask1, row_parts, col_parts,
             *_strides(features0, features1, mask0, mask1),
             L, S, C, first_row, row_tiles, splits, 1 / temperature,
             **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-        kernel._lse_reduce[(_blocks(S, _REDUCE_BLOCK) * B,)](
+        kernel_forward._lse_reduce[(_blocks(S, _REDUCE_BLOCK) * B,)](
             col_parts, col_lse, row_tiles, S, ACCUMULATE=first_row > 0, BLOCK=_REDUCE_BLOCK
         )
-    kernel._lse_reduce[(_blocks(L, _REDUCE_BLOCK) * B,)](
+    kernel_forward._lse_reduce[(_blocks(L, _REDUCE_BLOCK) * B,)](
         row_parts, row_lse, splits, L, ACCUMULATE=False, BLOCK=_REDUCE_BLOCK
     )
     return row_lse, col_lse
@@ -119,7 +119,7 @@ def dual_softmax_lse_backward(
     """Gradients of both feature sets, (B, L, C) and (B, S, C); one launch per side."""
     if 0 in (*features0.shape, features1.shape[1]):
         return features0.new_zeros(features0.shape), features1.new_zeros(features1.shape)
-    tiles = backward_tiles(features0.dtype, features0.shape[2], kernel.large_shared_memory())
+    tiles = backward_tiles(features0.dtype, features0.shape[2], kernel_forward.large_shared_memory())
     constants = backward_constants(tiles, features0.dtype, features0.shape[2])
     channel_blocks = _blocks(features0.shape[2], int(str(constants["BLOCK_OUT"])))
     grad_row, grad_col = grad_row.contiguous(), grad_col.contiguous()
@@ -132,7 +132,7 @@ def dual_softmax_lse_backward(
         B, N, C = x.shape
         row_tiles = _blocks(N, tiles.rows)
         out = torch.empty((B, N, C), dtype=x.dtype, device=x.device)
-        kernel._dual_softmax_lse_bwd[(row_tiles * B, channel_blocks)](
+        kernel_backward._dual_softmax_lse_bwd[(row_tiles * B, channel_blocks)](
             x, y, mask, other_mask, lse, other_lse, grad, other_grad, amax, out,
             *_strides(x, y, mask, other_mask), N, y.shape[1], C, row_tiles, 1 / temperature,
             **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
@@ -150,13 +150,13 @@ def mutual_best_forward(
     mask0: Tensor | None,
     mask1: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch; arguments as in ``reference.mutual_best``."""
+    """Launch; arguments as in ``naive.mutual_best``."""
     (B, L, C), S = features0.shape, features1.shape[1]
     score1, score0 = (features0.new_empty((B, n), dtype=torch.float32) for n in (L, S))
     best1, best0 = (features0.new_empty((B, n), dtype=torch.int64) for n in (L, S))
     if 0 in (B, L, S):
         return best1.zero_(), best0.zero_(), score1.fill_(-torch.inf)
-    tiles = forward_tiles(features0.dtype, C, kernel.large_shared_memory())
+    tiles = forward_tiles(features0.dtype, C, kernel_forward.large_shared_memory())
     if row_lse is not None and col_lse is not None:
         row_lse, col_lse = row_lse.contiguous(), col_lse.contiguous()
     constants = forward_constants(tiles, features0.dtype, C)
@@ -165,16 +165,16 @@ def mutual_best_forward(
     for first_row in range(0, L, ROWS_PER_LAUNCH):
         row_tiles = _blocks(min(ROWS_PER_LAUNCH, L - first_row), tiles.rows)
         col_parts = score1.new_empty((B, row_tiles, S)), best1.new_empty((B, row_tiles, S), dtype=torch.int32)
-        kernel._mutual_best_fwd[(row_tiles * splits * B,)](
+        kernel_forward._mutual_best_fwd[(row_tiles * splits * B,)](
             features0, features1, mask0, mask1, row_lse, col_lse, *row_parts, *col_parts,
             *_strides(features0, features1, mask0, mask1),
             L, S, C, first_row, row_tiles, splits, 1 / temperature,
             **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-        kernel._best_reduce[(_blocks(S, _REDUCE_BLOCK) * B,)](
+        kernel_forward._best_reduce[(_blocks(S, _REDUCE_BLOCK) * B,)](
             *col_parts, score0, best0, row_tiles, S, ACCUMULATE=first_row > 0, BLOCK=_REDUCE_BLOCK
         )
-    kernel._best_reduce[(_blocks(L, _REDUCE_BLOCK) * B,)](
+    kernel_forward._best_reduce[(_blocks(L, _REDUCE_BLOCK) * B,)](
         *row_parts, score1, best1, splits, L, ACCUMULATE=False, BLOCK=_REDUCE_BLOCK
     )
     return best1, best0, score1

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from eloftr_kernels.arithmetic import upcast_for_accumulation
-from eloftr_kernels.dual_softmax.naive import MASKED
-from eloftr_kernels.dual_softmax.reference import (
+from eloftr_kernels.dual_softmax.cpu import (
     Block,
     add_block,
     block_memory,
     mutual_best,
     score_blocks,
 )
+from eloftr_kernels.dual_softmax.naive import MASKED
 
 # Beyond these a second pass is sooner, and needs less memory.
 MOST_CANDIDATES = 32  # per cell of image 0

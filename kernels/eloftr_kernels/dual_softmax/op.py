@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators and public functions of the streaming dual softmax; formulas in ``reference.py``."""
+"""Operators and public functions of the streaming dual softmax; formulas in ``naive.py``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from eloftr_kernels.dispatch import (
     check_positive,
     check_shape,
     is_cpu_inference,
-    on_device_of,
     use_triton,
     why_not_triton,
 )
-from eloftr_kernels.dual_softmax import naive, one_pass, reference
+from eloftr_kernels.dual_softmax import cpu, naive, one_pass
+from eloftr_kernels.registration import differentiable, operator
 
 
 def dual_softmax_lse(
@@ -32,10 +32,7 @@ def dual_softmax_lse(
 ) -> tuple[Tensor, Tensor]:
     r"""Normalisers of the dual softmax (LoFTR, equation 3; EfficientLoFTR, section 3.3).
 
-    With scores :math:`s_{ij} = \langle f^0_i, f^1_j\rangle / \tau`,
-
-    .. math:: r_i = \log\sum_j e^{s_{ij}}, \qquad c_j = \log\sum_i e^{s_{ij}}.
-
+    :mod:`eloftr_kernels.dual_softmax.naive` has the formulas.
     Neither pass stores an L x S tensor. Accumulated in float32 (float64 for float64 input), also under
     autocast.
 
@@ -67,7 +64,7 @@ def dual_softmax_lse(
     if torch.compiler.is_exporting():
         features0, features1 = upcast_for_accumulation(features0), upcast_for_accumulation(features1)
         return naive.dual_softmax_lse(features0, features1, temperature, mask0, mask1)
-    return reference.dual_softmax_lse(features0, features1, temperature, mask0, mask1)
+    return cpu.dual_softmax_lse(features0, features1, temperature, mask0, mask1)
 
 
 def mutual_best(
@@ -114,7 +111,7 @@ def mutual_best(
         if torch.compiler.is_exporting():
             features0, features1 = upcast_for_accumulation(features0), upcast_for_accumulation(features1)
             return naive.mutual_best(features0, features1, temperature, row_lse, col_lse, mask0, mask1)
-        return reference.mutual_best(features0, features1, temperature, row_lse, col_lse, mask0, mask1)
+        return cpu.mutual_best(features0, features1, temperature, row_lse, col_lse, mask0, mask1)
 
 
 def dual_softmax_best(
@@ -200,13 +197,11 @@ def pair_scores(
     indices = {"batch": batch, "cells0": cells0, "cells1": cells1}
     check_indices({name: (index, sizes[name]) for name, index in indices.items()})
     if features0.device.type == "cpu" and not torch.compiler.is_compiling():
-        return reference.pair_scores(
-            features0, features1, temperature, batch, cells0, cells1, row_lse, col_lse
-        )
+        return cpu.pair_scores(features0, features1, temperature, batch, cells0, cells1, row_lse, col_lse)
     # Forced into range, NaN where that moved one: nothing here waits for the device.
     valid = torch.stack([(index >= 0) & (index < sizes[name]) for name, index in indices.items()]).all(0)
     batch, cells0, cells1 = (i.clamp(0, max(0, sizes[name] - 1)) for name, i in indices.items())
-    scores = reference.pair_scores(features0, features1, temperature, batch, cells0, cells1, row_lse, col_lse)
+    scores = cpu.pair_scores(features0, features1, temperature, batch, cells0, cells1, row_lse, col_lse)
     return scores.where(valid, torch.nan)
 
 
@@ -218,27 +213,27 @@ def why_not(
     return why_not_triton(tensors)
 
 
-@torch.library.custom_op("eloftr::dual_softmax_lse", mutates_args=())
+def _lse_fake(features0: Tensor, features1: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    row_lse = features0.new_empty(features0.shape[:2], dtype=torch.float32)
+    return row_lse, features1.new_empty(features1.shape[:2], dtype=torch.float32)
+
+
+@operator("eloftr::dual_softmax_lse", fake=_lse_fake)
 def _lse_op(
     features0: Tensor, features1: Tensor, temperature: float, mask0: Tensor | None, mask1: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     from eloftr_kernels.dual_softmax import launch
 
-    with on_device_of(features0):
-        return launch.dual_softmax_lse_forward(features0, features1, temperature, mask0, mask1)
+    return launch.dual_softmax_lse_forward(features0, features1, temperature, mask0, mask1)
 
 
-@_lse_op.register_fake
-def _lse_fake(
-    features0: Tensor, features1: Tensor, temperature: float, mask0: Tensor | None, mask1: Tensor | None
+def _lse_backward_fake(
+    grad_row: Tensor, grad_col: Tensor, features0: Tensor, features1: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    return (
-        features0.new_empty(features0.shape[:2], dtype=torch.float32),
-        features1.new_empty(features1.shape[:2], dtype=torch.float32),
-    )
+    return features0.new_empty(features0.shape), features1.new_empty(features1.shape)
 
 
-@torch.library.custom_op("eloftr::dual_softmax_lse_backward", mutates_args=())
+@operator("eloftr::dual_softmax_lse_backward", fake=_lse_backward_fake)
 def _lse_backward_op(
     grad_row: Tensor,
     grad_col: Tensor,
@@ -252,44 +247,35 @@ def _lse_backward_op(
 ) -> tuple[Tensor, Tensor]:
     from eloftr_kernels.dual_softmax import launch
 
-    with on_device_of(features0):
-        return launch.dual_softmax_lse_backward(
-            grad_row, grad_col, features0, features1, row_lse, col_lse, temperature, mask0, mask1
-        )
-
-
-@_lse_backward_op.register_fake
-def _lse_backward_fake(
-    grad_row: Tensor,
-    grad_col: Tensor,
-    features0: Tensor,
-    features1: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    temperature: float,
-    mask0: Tensor | None,
-    mask1: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return features0.new_empty(features0.shape), features1.new_empty(features1.shape)
-
-
-def _lse_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    features0, features1, ctx.temperature, mask0, mask1 = inputs
-    ctx.save_for_backward(features0, features1, mask0, mask1, *output)
-
-
-def _lse_backward(ctx: Any, grad_row: Tensor, grad_col: Tensor) -> tuple[Tensor | None, ...]:
-    features0, features1, mask0, mask1, row_lse, col_lse = ctx.saved_tensors
-    grads = _lse_backward_op(
-        grad_row, grad_col, features0, features1, row_lse, col_lse, ctx.temperature, mask0, mask1
+    return launch.dual_softmax_lse_backward(
+        grad_row, grad_col, features0, features1, row_lse, col_lse, temperature, mask0, mask1
     )
-    return *grads, None, None, None
 
 
-_lse_op.register_autograd(_lse_backward, setup_context=_lse_setup)
+def _lse_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features0, features1, ctx.temperature, mask0, mask1 = inputs
+    ctx.save_for_backward(features0, features1, *output, mask0, mask1)
 
 
-@torch.library.custom_op("eloftr::mutual_best", mutates_args=())
+def _lse_gradients(ctx: Any, grad_row: Tensor, grad_col: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, mask0, mask1 = ctx.saved_tensors
+    of_features = _lse_backward_op(grad_row, grad_col, *tensors, ctx.temperature, mask0, mask1)
+    return *of_features, None, None, None
+
+
+differentiable(_lse_op, save=_lse_save, backward=_lse_gradients)
+
+
+def _best_fake(features0: Tensor, features1: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    cells0, cells1 = features0.shape[:2], features1.shape[:2]
+    return (
+        features0.new_empty(cells0, dtype=torch.int64),
+        features1.new_empty(cells1, dtype=torch.int64),
+        features0.new_empty(cells0, dtype=torch.float32),
+    )
+
+
+@operator("eloftr::mutual_best", fake=_best_fake)
 def _best_op(
     features0: Tensor,
     features1: Tensor,
@@ -301,26 +287,7 @@ def _best_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from eloftr_kernels.dual_softmax import launch
 
-    with on_device_of(features0):
-        return launch.mutual_best_forward(features0, features1, temperature, row_lse, col_lse, mask0, mask1)
-
-
-@_best_op.register_fake
-def _best_fake(
-    features0: Tensor,
-    features1: Tensor,
-    temperature: float,
-    row_lse: Tensor | None,
-    col_lse: Tensor | None,
-    mask0: Tensor | None,
-    mask1: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    cells0, cells1 = features0.shape[:2], features1.shape[:2]
-    return (
-        features0.new_empty(cells0, dtype=torch.int64),
-        features1.new_empty(cells1, dtype=torch.int64),
-        features0.new_empty(cells0, dtype=torch.float32),
-    )
+    return launch.mutual_best_forward(features0, features1, temperature, row_lse, col_lse, mask0, mask1)
 
 
 def _check(

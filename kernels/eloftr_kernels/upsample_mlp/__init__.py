@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``reference.py`` has the formula, ``op.py`` the operator, ``kernel.py`` its kernels."""
+"""Message upsampling and MLP: ``op.py`` holds the public function, ``naive.py`` the formula."""

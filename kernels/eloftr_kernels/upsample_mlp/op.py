@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from eloftr_kernels import dispatch
-from eloftr_kernels.aggregated_attention.reference import AGGREGATION
-from eloftr_kernels.upsample_mlp import reference
+from eloftr_kernels.aggregated_attention.naive import AGGREGATION
+from eloftr_kernels.registration import differentiable, operator
+from eloftr_kernels.upsample_mlp import cpu, naive
+from eloftr_kernels.upsample_mlp.naive import MlpWeights
 
 OP = "upsample_mlp"
 MAX_CHANNELS = 256
@@ -23,19 +25,14 @@ MAX_CHANNELS = 256
 def upsample_mlp(
     x: Tensor,  # (B, C, H, W)
     message: Tensor,  # (B, C, ceil(H/4), ceil(W/4))
-    expand_weight: Tensor,  # (2C, 2C)
-    contract_weight: Tensor,  # (C, 2C)
-    norm_weight: Tensor,  # (C,)
-    norm_bias: Tensor,  # (C,)
+    weights: MlpWeights,
+    *,
     mask: Tensor | None = None,  # (B, H, W) bool
 ) -> Tensor:
     r"""Update the coarse map with the message (EfficientLoFTR, section 3.2).
 
-    .. math:: x + \mathrm{LN}\bigl(W_2\,\mathrm{LeakyReLU}_{0.01}(W_1\,[x;\, \mathrm{up}_{4}(m)])\bigr)
-
-    with bilinear :math:`\mathrm{up}_4` (``align_corners=False``). With a mask, only messages of valid tokens (those
-    with any valid cell) are interpolated, by weights that sum to one, and masked cells of the result are zero. Under
-    autocast the linear maps run in its dtype, the residual in that of ``x``.
+    :mod:`eloftr_kernels.upsample_mlp.naive` has the formula. Under autocast the linear maps run in its dtype, the
+    residual in that of ``x``.
 
     Gradient: to all but the mask; zero at masked cells. LeakyReLU's at zero is its slope, 0.01.
 
@@ -44,17 +41,16 @@ def upsample_mlp(
 
     Raises:
         ValueError: shapes or devices that do not fit.
-        TypeError: dtypes that differ, or a mask that is not bool.
+        TypeError: dtypes that differ, a mask that is not bool, or weights that are no MlpWeights.
         RuntimeError: ``backend("triton")`` is in force and ``why_not`` knows a reason against it.
     """
-    dtype = _check(x, message, expand_weight, contract_weight, norm_weight, norm_bias, mask)
+    dtype = _check(x, message, weights, mask)
+    if torch.compiler.is_exporting():
+        return naive.upsample_mlp(x, message, weights, mask=mask)
     if not dispatch.use_triton(OP, why_not(x, mask)):
-        return reference.upsample_mlp(
-            x, message, expand_weight, contract_weight, norm_weight, norm_bias, mask
-        )  # fmt: skip
-    y: Tensor = _forward(
-        x, message.to(dtype), expand_weight.to(dtype), contract_weight.to(dtype), norm_weight, norm_bias, mask
-    )  # fmt: skip
+        return cpu.upsample_mlp(x, message, weights, mask=mask)
+    parts = list(weights._replace(expand=weights.expand.to(dtype), contract=weights.contract.to(dtype)))
+    y: Tensor = _forward(x, message.to(dtype), parts, mask)
     return y
 
 
@@ -74,28 +70,26 @@ def why_not(x: Tensor, mask: Tensor | None = None) -> str | None:
 def _check(
     x: Tensor,
     message: Tensor,
-    expand_weight: Tensor,
-    contract_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    weights: MlpWeights,
     mask: Tensor | None,
 ) -> torch.dtype:
     """Check every argument once; returns the dtype in which the linear maps run."""
+    if not isinstance(weights, MlpWeights):
+        raise TypeError(f"weights: expected MlpWeights(...), got {type(weights).__name__}.")
     dispatch.check_shape("x", x, (None,) * 4, "(B, C, H, W)")
     batch, channels, height, width = x.shape
     if 0 in x.shape[2:]:
         raise ValueError(f"x: expected at least one row and one column, got {tuple(x.shape)}.")
     tokens = [-(-size // AGGREGATION) for size in (height, width)]
     dispatch.check_shape("message", message, (batch, channels, *tokens), "(B, C, ceil(H/4), ceil(W/4))")
-    dispatch.check_shape("expand_weight", expand_weight, (2 * channels, 2 * channels), "(2C, 2C)")
-    dispatch.check_shape("contract_weight", contract_weight, (channels, 2 * channels), "(C, 2C)")
-    dispatch.check_shape("norm_weight", norm_weight, (channels,), "(C,)")
-    dispatch.check_shape("norm_bias", norm_bias, (channels,), "(C,)")
+    dispatch.check_shape("weights.expand", weights.expand, (2 * channels, 2 * channels), "(2C, 2C)")
+    dispatch.check_shape("weights.contract", weights.contract, (channels, 2 * channels), "(C, 2C)")
+    dispatch.check_shape("weights.norm", weights.norm, (channels,), "(C,)")
+    dispatch.check_shape("weights.norm_bias", weights.norm_bias, (channels,), "(C,)")
     if mask is not None:
         dispatch.check_shape("mask", mask, (batch, height, width), "(B, H, W)")
         dispatch.check_dtype("mask", mask, torch.bool, "compare it with a threshold")
-    others = {"message": message, "expand_weight": expand_weight, "contract_weight": contract_weight,
-              "norm_weight": norm_weight, "norm_bias": norm_bias}  # fmt: skip
+    others = {"message": message, **{f"weights.{name}": w for name, w in weights._asdict().items()}}
     dispatch.check_devices({"x": x, **others, "mask": mask})
     if not torch.is_autocast_enabled(x.device.type):
         for name, t in others.items():
@@ -103,73 +97,42 @@ def _check(
     return dispatch.compute_dtype(x)
 
 
-@torch.library.custom_op("eloftr::upsample_mlp", mutates_args=())
-def _forward(
-    x: Tensor,
-    message: Tensor,
-    expand_weight: Tensor,
-    contract_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    from eloftr_kernels.upsample_mlp import kernel
-
-    with dispatch.on_device_of(x):
-        return kernel.forward(x, message, expand_weight, contract_weight, norm_weight, norm_bias, mask)
-
-
-@_forward.register_fake
-def _(x: Tensor, *rest: Any) -> Tensor:
+def _forward_fake(x: Tensor, *_: Any) -> Tensor:
     batch, channels, height, width = x.shape
     return x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("eloftr::upsample_mlp_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    message: Tensor,
-    expand_weight: Tensor,
-    contract_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from eloftr_kernels.upsample_mlp import kernel
+@operator("eloftr::upsample_mlp", fake=_forward_fake)
+def _forward(x: Tensor, message: Tensor, weights: list[Tensor], mask: Tensor | None) -> Tensor:
+    from eloftr_kernels.upsample_mlp import launch
 
-    with dispatch.on_device_of(x):
-        return kernel.backward(grad, x, message, expand_weight, contract_weight, norm_weight, norm_bias, mask)
+    return launch.forward(x, message, MlpWeights(*weights), mask)
 
 
-@_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    message: Tensor,
-    expand_weight: Tensor,
-    contract_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward_fake(grad: Tensor, x: Tensor, message: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
     batch, channels, rows, columns = message.shape
-    return (
-        torch.empty_like(x),
-        message.new_empty((batch, rows, columns, channels)).permute(0, 3, 1, 2),
-        expand_weight.new_empty(expand_weight.shape),
-        contract_weight.new_empty(contract_weight.shape),
-        torch.empty_like(norm_weight),
-        torch.empty_like(norm_bias),
-    )
+    of_message = message.new_empty((batch, rows, columns, channels)).permute(0, 3, 1, 2)
+    return [torch.empty_like(x), of_message, *(weight.new_empty(weight.shape) for weight in weights)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+@operator("eloftr::upsample_mlp_backward", fake=_backward_fake)
+def _backward(
+    grad: Tensor, x: Tensor, message: Tensor, weights: list[Tensor], mask: Tensor | None
+) -> list[Tensor]:
+    from eloftr_kernels.upsample_mlp import launch
+
+    return launch.backward(grad, x, message, MlpWeights(*weights), mask)
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(grad, *ctx.saved_tensors), None)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, message, weights, mask = inputs
+    ctx.save_for_backward(x, message, mask, *weights)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, message, mask, *weights = ctx.saved_tensors
+    of_x, of_message, *of_weights = _backward(grad, x, message, weights, mask)
+    return of_x, of_message, of_weights, None
+
+
+differentiable(_forward, save=_save, backward=_gradients)

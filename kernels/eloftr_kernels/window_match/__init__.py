@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Window matches: ``op.py`` holds the public function, ``reference.py`` the formulas."""
+"""Window matches: ``op.py`` holds the public function, ``naive.py`` the formulas."""
 
-from eloftr_kernels.window_match.op import why_not, window_match
-from eloftr_kernels.window_match.reference import (
+from eloftr_kernels.window_match.cpu import pixel_log_joint, windows
+from eloftr_kernels.window_match.naive import (
     WINDOW,
     WindowMatches,
-    pixel_log_joint,
     pixel_offsets,
     subpixel_expectation,
     subpixel_offsets,
     subpixel_scores,
-    windows,
 )
+from eloftr_kernels.window_match.op import why_not, window_match
 
 __all__ = [
     "WINDOW",

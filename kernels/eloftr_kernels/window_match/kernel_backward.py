@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from eloftr_kernels.window_match.kernel import (
+from eloftr_kernels.window_match.kernel_forward import (
     PATCH,
     PIXELS,
     RING_PIXELS,

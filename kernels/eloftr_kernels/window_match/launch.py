@@ -8,9 +8,9 @@ from torch import Tensor
 
 from eloftr_kernels.dispatch import dot_precision
 from eloftr_kernels.kernel_common import dot_dtype, power_of_2
-from eloftr_kernels.window_match import kernel, kernel_backward, reference
+from eloftr_kernels.window_match import kernel_backward, kernel_forward, naive
 
-_CELL = reference.WINDOW // 2  # half-resolution positions per side of a cell
+_CELL = naive.WINDOW // 2  # half-resolution positions per side of a cell
 _PATCH_POSITIONS = (_CELL + 2) ** 2
 
 
@@ -32,7 +32,7 @@ def window_match_forward(
     best = map0.new_empty((M,), dtype=torch.int64)
     outputs = pixel0, pixel1, subpixel1, expected0, expected1, best
     if M:
-        kernel._window_match_fwd[(M,)](
+        kernel_forward._window_match_fwd[(M,)](
             map0, map1, batch.contiguous(), cells0.contiguous(), cells1.contiguous(), *outputs,
             *_geometry(map0, map1, subpixel_channels, subpixel_temperature, soft_temperature),
             **_constants(map0, centred_subpixel, soft),
@@ -108,8 +108,8 @@ def _constants(like: Tensor, centred_subpixel: bool, soft: bool) -> dict[str, ob
         "SOFT": soft,
         "BLOCK_D": power_of_2(like.shape[1]),
         "DOT": dot_dtype(like.dtype),
-        "PRECISION": kernel.dot_precision(like.dtype),
-        "num_warps": kernel.num_warps(),
+        "PRECISION": kernel_forward.dot_precision(like.dtype),
+        "num_warps": kernel_forward.num_warps(),
         "num_stages": 1,
     }
 

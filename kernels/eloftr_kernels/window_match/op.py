@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operator and public function of the window matches; formulas in ``reference.py``."""
+"""Operator and public function of the window matches; formulas in ``naive.py``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from eloftr_kernels.dispatch import (
     check_indices,
     check_positive,
     check_shape,
-    on_device_of,
     use_triton,
     why_not_triton,
 )
-from eloftr_kernels.window_match import reference
-from eloftr_kernels.window_match.reference import WindowMatches
+from eloftr_kernels.registration import differentiable, operator
+from eloftr_kernels.window_match import cpu
+from eloftr_kernels.window_match.naive import WindowMatches
 
 MAX_CHANNELS = 64
 
@@ -80,7 +80,7 @@ def window_match(
     _check(map0, map1, batch, cells0, cells1, subpixel_channels, subpixel_temperature, soft_temperature)
     options = subpixel_channels, subpixel_temperature, centred_subpixel, soft_temperature
     if not use_triton("window_match", why_not(map0, map1)):
-        return reference.window_match(map0, map1, batch, cells0, cells1, *options)
+        return cpu.window_match(map0, map1, batch, cells0, cells1, *options)
     pixel0, pixel1, subpixel1, expected0, expected1, _ = _forward(map0, map1, batch, cells0, cells1, *options)
     soft = (None, None) if soft_temperature is None else (expected0, expected1)
     return WindowMatches(pixel0.detach(), pixel1.detach(), subpixel1, *soft)
@@ -94,7 +94,15 @@ def why_not(map0: Tensor, map1: Tensor) -> str | None:
     return reason
 
 
-@torch.library.custom_op("eloftr::window_match", mutates_args=())
+def _forward_fake(map0: Tensor, map1: Tensor, batch: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    count, soft_temperature = batch.shape[0], rest[-1]
+    pixel0, pixel1, subpixel1 = (map0.new_empty((count, 2), dtype=torch.float32) for _ in range(3))
+    soft = 0 if soft_temperature is None else count
+    expected0, expected1 = (map0.new_empty((soft, 2), dtype=torch.float32) for _ in range(2))
+    return pixel0, pixel1, subpixel1, expected0, expected1, map0.new_empty((count,), dtype=torch.int64)
+
+
+@operator("eloftr::window_match", fake=_forward_fake)
 def _forward(
     map0: Tensor,
     map1: Tensor,
@@ -108,38 +116,21 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from eloftr_kernels.window_match import launch
 
-    with on_device_of(map0):
-        return launch.window_match_forward(
-            map0, map1, batch, cells0, cells1,
-            subpixel_channels, subpixel_temperature, centred_subpixel, soft_temperature,
-        )  # fmt: skip
+    return launch.window_match_forward(
+        map0, map1, batch, cells0, cells1, subpixel_channels, subpixel_temperature, centred_subpixel, soft_temperature
+    )  # fmt: skip
 
 
-@_forward.register_fake
-def _forward_fake(
-    map0: Tensor,
-    map1: Tensor,
-    batch: Tensor,
-    cells0: Tensor,
-    cells1: Tensor,
-    subpixel_channels: int,
-    subpixel_temperature: float,
-    centred_subpixel: bool,
-    soft_temperature: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    M = batch.shape[0]
-    pixel0, pixel1, subpixel1 = (map0.new_empty((M, 2), dtype=torch.float32) for _ in range(3))
-    soft = 0 if soft_temperature is None else M
-    expected0, expected1 = (map0.new_empty((soft, 2), dtype=torch.float32) for _ in range(2))
-    return pixel0, pixel1, subpixel1, expected0, expected1, map0.new_empty((M,), dtype=torch.int64)
+def _backward_fake(
+    best: Tensor, grads: list[Tensor], map0: Tensor, map1: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(map0), torch.empty_like(map1)
 
 
-@torch.library.custom_op("eloftr::window_match_backward", mutates_args=())
+@operator("eloftr::window_match_backward", fake=_backward_fake)
 def _backward(
-    grad_subpixel1: Tensor,
-    grad_expected0: Tensor,
-    grad_expected1: Tensor,
     best: Tensor,
+    grads: list[Tensor],  # of subpixel1, expected0, expected1
     map0: Tensor,
     map1: Tensor,
     batch: Tensor,
@@ -152,44 +143,26 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     from eloftr_kernels.window_match import launch
 
-    with on_device_of(map0):
-        return launch.window_match_backward(
-            grad_subpixel1, grad_expected0, grad_expected1, best, map0, map1, batch, cells0, cells1,
-            subpixel_channels, subpixel_temperature, centred_subpixel, soft_temperature,
-        )  # fmt: skip
+    subpixel1, expected0, expected1 = grads
+    return launch.window_match_backward(
+        subpixel1, expected0, expected1, best, map0, map1, batch, cells0, cells1,
+        subpixel_channels, subpixel_temperature, centred_subpixel, soft_temperature,
+    )  # fmt: skip
 
 
-@_backward.register_fake
-def _backward_fake(
-    grad_subpixel1: Tensor,
-    grad_expected0: Tensor,
-    grad_expected1: Tensor,
-    best: Tensor,
-    map0: Tensor,
-    map1: Tensor,
-    batch: Tensor,
-    cells0: Tensor,
-    cells1: Tensor,
-    subpixel_channels: int,
-    subpixel_temperature: float,
-    centred_subpixel: bool,
-    soft_temperature: float | None,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(map0), torch.empty_like(map1)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, channels, temperature, centred, soft_temperature = inputs
     ctx.save_for_backward(output[-1], *tensors)
     ctx.options = channels, temperature, centred, soft_temperature
 
 
-def _autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    grad0, grad1 = _backward(*grads[2:5], *ctx.saved_tensors, *ctx.options)
+def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    best, *tensors = ctx.saved_tensors
+    grad0, grad1 = _backward(best, list(grads[2:5]), *tensors, *ctx.options)
     return grad0, grad1, *(None,) * 7
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+differentiable(_forward, save=_save, backward=_gradients)
 
 
 def _check(

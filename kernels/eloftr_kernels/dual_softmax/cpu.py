@@ -26,12 +26,9 @@ def dual_softmax_lse(
 ) -> tuple[Tensor, Tensor]:
     r"""Normalisers of the dual softmax (LoFTR, equation 3; EfficientLoFTR, section 3.3).
 
-    With scores :math:`s_{ij} = \langle f^0_i, f^1_j\rangle / \tau`,
-
-    .. math:: r_i = \log\sum_j e^{s_{ij}}, \qquad c_j = \log\sum_i e^{s_{ij}}.
-
-    Accumulated in float32 (float64 for float64 input), also under autocast. The backward recomputes each
-    block (:class:`_NormalisersFunction`), so memory is O(B (L + S) C) in both directions.
+    As :func:`naive.dual_softmax_lse`, block by block. Accumulated in float32 (float64 for float64 input), also
+    under autocast. The backward recomputes each block (:class:`_NormalisersFunction`), so memory is
+    O(B (L + S) C) in both directions.
 
     Returns:
         ``row_lse`` (B, L) and ``col_lse`` (B, S). Masked rows and columns hold about -1e9.

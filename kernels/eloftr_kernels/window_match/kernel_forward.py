@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the window matches; formulas in ``reference.py``, launches in ``launch.py``.
+"""Triton kernels of the window matches; formulas in ``naive.py``, launches in ``launch.py``.
 
 One program per match: both windows are interpolated from the half-resolution maps into registers, correlated,
 and reduced to a few numbers; no window is stored. ``kernel_backward.py`` has the backward.
@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 
 from eloftr_kernels import dispatch
-from eloftr_kernels.window_match import reference
+from eloftr_kernels.window_match import naive
 
-WINDOW = tl.constexpr(reference.WINDOW)  # pixels per side of the window of image 0
-SIDE = tl.constexpr(reference.WINDOW + 2 * reference.RING)  # with the ring, of image 1
-PIXELS = tl.constexpr(reference.WINDOW**2)
+WINDOW = tl.constexpr(naive.WINDOW)  # pixels per side of the window of image 0
+SIDE = tl.constexpr(naive.WINDOW + 2 * naive.RING)  # with the ring, of image 1
+PIXELS = tl.constexpr(naive.WINDOW**2)
 RING_PIXELS = tl.constexpr(128)  # 10 * 10, padded to a power of two
-PATCH = tl.constexpr(reference.WINDOW // 2 + 2)  # half-resolution positions per side, a window's source
+PATCH = tl.constexpr(naive.WINDOW // 2 + 2)  # half-resolution positions per side, a window's source
 
 
 def dot_precision(dtype: torch.dtype) -> str:

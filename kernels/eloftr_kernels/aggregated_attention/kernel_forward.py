@@ -8,16 +8,10 @@ online-softmax attention over these tokens; (3) the merge projection is a matrix
 
 from __future__ import annotations
 
-import math
-
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from eloftr_kernels import dispatch
-from eloftr_kernels.aggregated_attention.reference import AGGREGATION
+from eloftr_kernels.aggregated_attention.naive import AGGREGATION
 from eloftr_kernels.kernel_common import NORM_EPS
 
 CELLS = tl.constexpr(AGGREGATION**2)  # of a token
@@ -224,59 +218,3 @@ def _attention_fwd(
     lse = tl.where(attends, top + tl.log2(tl.where(mass != 0, mass, 1.0)), float("inf"))
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=query_in[:, None])
     tl.store(lse_ptr + (sample * HEADS + head) * N + query, lse, mask=query_in)
-
-
-def forward(
-    x: Tensor,
-    source: Tensor,
-    aggregate_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    v_weight: Tensor,
-    merge_weight: Tensor,
-    num_heads: int,
-    rotary: Tensor | None,
-    mask: Tensor | None,
-    source_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the forward kernels.
-
-    Returns:
-        message (B, N, C); then what the backward pass needs, all at a quarter of the resolution: q (B, N, C),
-        k, v (B, M, C), attended (B, N, C), lse (B, heads, N) float32, key_valid (B, M) bool.
-    """
-    (batch, channels), dtype = x.shape[:2], q_weight.dtype
-    queries, keys = (token_count(t) for t in (x, source))
-    q, attended = (x.new_empty((batch, queries, channels), dtype=dtype) for _ in range(2))
-    k, v = (x.new_empty((batch, keys, channels), dtype=dtype) for _ in range(2))
-    lse = x.new_empty((batch, num_heads, queries), dtype=torch.float32)
-    query_valid, key_valid = (x.new_empty((batch, count), dtype=torch.bool) for count in (queries, keys))
-    exact, precision, size = dtype == torch.float32, dispatch.dot_precision(dtype), channels // num_heads
-    # Few channels leave room for a wider tile of outputs, half as many steps.
-    block_o = 16 if exact else 64 if channels <= 128 else 32
-    flags = {"C": channels, "HAS_MASK": mask is not None, "HAS_SOURCE_MASK": source_mask is not None}
-    if batch:
-        _tokens_fwd[2 * triton.cdiv(max(queries, keys), BLOCK_TOKENS), batch](
-            x, source, x if mask is None else mask.contiguous(),
-            source if source_mask is None else source_mask.contiguous(), aggregate_weight.contiguous(),
-            norm_weight.contiguous(), norm_bias.contiguous(), q_weight.contiguous(), k_weight.contiguous(),
-            v_weight.contiguous(), q if rotary is None else rotary.contiguous(), q, k, v, query_valid, key_valid,
-            *x.shape[2:], *x.stride(), *source.shape[2:], *source.stride(), **flags, ROTARY=rotary is not None,
-            BLOCK_T=BLOCK_TOKENS, BLOCK_C=triton.next_power_of_2(channels), BLOCK_O=block_o,
-            PRECISION=precision, num_warps=8, num_stages=1 if exact else 2,
-        )  # fmt: skip
-        # Few queries are spread over more programs.
-        block_q = 32 if exact or queries <= 1024 else 64
-        _attention_fwd[triton.cdiv(queries, block_q), num_heads, batch](
-            q, k, v, query_valid, key_valid, attended, lse, queries, keys, math.log2(math.e) * size**-0.5, **flags,
-            HEADS=num_heads, D=size, BLOCK_Q=block_q, BLOCK_K=32 if exact else 64, PRECISION=precision, num_warps=4,
-            num_stages=2,
-        )  # fmt: skip
-    return F.linear(attended, merge_weight), q, k, v, attended, lse, key_valid
-
-
-def token_count(x: Tensor) -> int:
-    """Tokens of a map (B, C, H, W)."""
-    return -(-x.shape[2] // AGGREGATION) * -(-x.shape[3] // AGGREGATION)

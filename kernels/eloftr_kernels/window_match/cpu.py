@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two-stage matching of fine windows in plain PyTorch: the formula and the CPU path."""
+"""Two-stage matching of fine windows with PyTorch's own operations: for the CPU, and devices without a kernel."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,25 +15,20 @@ from torch.utils.checkpoint import checkpoint
 
 from eloftr_kernels.arithmetic import Scratch, first_max, two_way_logsumexp, upcast_for_accumulation
 from eloftr_kernels.dispatch import is_cpu_inference
+from eloftr_kernels.window_match.naive import (
+    RING,
+    WINDOW,
+    WindowMatches,
+    pixel_offsets,
+    subpixel_expectation,
+)
 
 # Matches whose windows and scores are held at once: on a CPU what its caches hold (6 MB of scores), elsewhere 0.2 GB.
 CHUNK_CPU, CHUNK = 256, 1024
-WINDOW = 8  # pixels per side of a coarse cell
-RING = 1  # pixels around the window of image 1, so that every 3x3 neighbourhood is complete
 _SCORES = WINDOW**2 * (WINDOW + 2 * RING) ** 2  # of one match
 _PATCH = WINDOW // 2 + 2  # half-resolution positions per side that a window is interpolated from
 
 T = TypeVar("T")
-
-
-class WindowMatches(NamedTuple):
-    """Offsets (x, y) in pixels from the frame position 8 * (column, row) of each match's cell."""
-
-    pixel0: Tensor  # (M, 2) arg-max pixel in image 0, -3.5 .. 3.5, no gradient
-    pixel1: Tensor  # (M, 2) arg-max pixel in image 1
-    subpixel1: Tensor  # (M, 2) 3x3 expectation around pixel1, -1 .. 1
-    expected0: Tensor | None  # (M, 2) expectation of pixel0 under the tempered joint probability
-    expected1: Tensor | None  # (M, 2) expectation of pixel1
 
 
 def window_match(
@@ -47,22 +42,9 @@ def window_match(
     centred_subpixel: bool = False,
     soft_temperature: float | None = None,
 ) -> WindowMatches:
-    r"""Pixel pair by dual softmax and arg-max, then sub-pixel offset by soft-argmax (EfficientLoFTR, 3.4).
+    """As :func:`naive.window_match`, on windows of matched cells only.
 
-    With windows :math:`a` (8x8 of image 0) and :math:`b` (10x10 of image 1) of the maps upsampled bilinearly
-    by two, split into the first :math:`D-d` and the last :math:`d` = ``subpixel_channels`` channels,
-
-    .. math::
-        p_{lr} &= \mathrm{softmax}_l(s_{lr})\;\mathrm{softmax}_r(s_{lr}), \quad
-        s_{lr} = \langle a_l, b_r\rangle / D, \\
-        (l^*, r^*) &= \arg\max_{r\,\text{inside}} p_{lr}, \qquad
-        \delta = \sum_{\Delta\in\{-1,0,1\}^2} \Delta\;
-        \mathrm{softmax}_\Delta\bigl(\langle a'_{l^*}, b'_{r^*+\Delta}\rangle / (\sqrt d\,\tau)\bigr).
-
-    With ``soft_temperature`` :math:`T` the expectations of both pixels under :math:`p^{1/T}`, normalised over
-    the 64x64 pairs, are returned too. ``centred_subpixel``: see :func:`subpixel_scores`. Gradient
-    reaches both maps through :math:`\delta` and the expectations. Matches are worked off in chunks, each
-    recomputed in the backward, so that memory stays bounded.
+    Matches are worked off in chunks. Each is recomputed in the backward pass, so that memory stays bounded.
     """
     # Channels last once, so that no chunk copies the map to gather from it.
     map0, map1 = (m.contiguous(memory_format=torch.channels_last) for m in (map0, map1))
@@ -209,62 +191,6 @@ def _best_pixels(halves: Tensor, over1: Tensor) -> tuple[Tensor, Tensor]:
     index0 = first_max(halves.amax(2) - over1.detach() / 2, 1)[1]
     row = halves.gather(1, index0[:, None, None].expand(-1, 1, halves.shape[2]))
     return index0, first_max(row[:, 0], 1)[1]
-
-
-def subpixel_expectation(
-    sub0: Tensor,  # (M, 64, d)
-    sub1: Tensor,  # (M, 100, d)
-    index0: Tensor,  # (N,) pixel of the 8x8 window of image 0
-    index1: Tensor,  # (N,) pixel of the 8x8 window of image 1
-    temperature: float,
-    centred: bool,
-    match: Tensor | None = None,  # (N,) which of the M windows each pair lies in; default: one pair each
-) -> Tensor:
-    """Expected (x, y) offset, -1 .. 1, over a 3x3 neighbourhood in image 1 for ``index0``: (N, 2)."""
-    scores = subpixel_scores(sub0, sub1, index0, index1, temperature, centred, match)
-    with torch.autocast(scores.device.type, enabled=False):
-        return F.softmax(scores, 1) @ subpixel_offsets(scores)
-
-
-def subpixel_scores(
-    sub0: Tensor,
-    sub1: Tensor,
-    index0: Tensor,
-    index1: Tensor,
-    temperature: float,
-    centred: bool,
-    match: Tensor | None = None,
-) -> Tensor:
-    """Scores (N, 9) of the 3x3 neighbourhood, rows first; arguments as :func:`subpixel_expectation`.
-
-    ``centred`` puts the neighbourhood around ``index1``. The released weights were trained with one that ignores the
-    ring: it lies a pixel up and left, and its index -1 is the last row or column of the 10x10 window.
-    """
-    delta = torch.arange(-1, 2, device=sub0.device)
-    side = WINDOW + 2 * RING
-    shift = RING if centred else 0
-    y = (index1[:, None] // WINDOW + shift + delta) % side
-    x = (index1[:, None] % WINDOW + shift + delta) % side
-    neighbours = (y[:, :, None] * side + x[:, None, :]).flatten(1)
-    if match is None:
-        match = torch.arange(index0.shape[0], device=sub0.device)
-    with torch.autocast(sub0.device.type, enabled=False):
-        query = upcast_for_accumulation(sub0[match, index0])
-        keys = upcast_for_accumulation(sub1[match[:, None], neighbours])
-        scores: Tensor = (keys @ query[:, :, None])[..., 0] / (query.shape[-1] ** 0.5 * temperature)
-        return scores
-
-
-def subpixel_offsets(like: Tensor) -> Tensor:
-    """(9, 2) offsets (x, y) of a 3x3 neighbourhood, -1 .. 1, rows first."""
-    delta = torch.arange(-1, 2, device=like.device, dtype=like.dtype)
-    return torch.stack(torch.meshgrid(delta, delta, indexing="xy"), -1).flatten(0, 1)
-
-
-def pixel_offsets(like: Tensor) -> Tensor:
-    """(64, 2) offset (x, y) of each window pixel from the frame position of its cell, -3.5 .. 3.5."""
-    line = torch.arange(WINDOW, device=like.device, dtype=like.dtype) - (WINDOW - 1) / 2
-    return torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).flatten(0, 1)
 
 
 def _upsampling_matrix(ring: int, like: Tensor) -> Tensor:

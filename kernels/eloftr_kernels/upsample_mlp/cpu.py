@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Message upsampling, MLP and residual in plain PyTorch: the formula and the CPU path."""
+"""Message upsampling and MLP with PyTorch's own operations: the CPU path, and that of devices without a kernel."""
 
 from __future__ import annotations
 
@@ -10,41 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eloftr_kernels import dispatch
-from eloftr_kernels.aggregated_attention.reference import AGGREGATION, token_mask
+from eloftr_kernels.aggregated_attention.naive import AGGREGATION, token_mask
+from eloftr_kernels.upsample_mlp.naive import LEAKY_SLOPE, MlpWeights
 
-LEAKY_SLOPE = 0.01
-PIECE_ELEMENTS = (
-    1 << 19
-)  # of the hidden layer held at once on a CPU: 1 MB in float32, half of a core's L2 cache
+# Of the hidden layer held at once on a CPU: 1 MB in float32, half of a core's L2 cache.
+PIECE_ELEMENTS = 1 << 19
 
 
-def upsample_mlp(
-    x: Tensor,  # (B, C, H, W)
-    message: Tensor,  # (B, C, ceil(H/4), ceil(W/4))
-    expand_weight: Tensor,  # (2C, 2C)
-    contract_weight: Tensor,  # (C, 2C)
-    norm_weight: Tensor,  # (C,)
-    norm_bias: Tensor,  # (C,)
-    mask: Tensor | None = None,  # (B, H, W) bool
-) -> Tensor:
-    r"""Update the coarse map with the message (EfficientLoFTR, section 3.2).
+def upsample_mlp(x: Tensor, message: Tensor, weights: MlpWeights, *, mask: Tensor | None = None) -> Tensor:
+    """As :func:`naive.upsample_mlp`; channels last in memory.
 
-    .. math:: x + \mathrm{LN}\bigl(W_2\,\mathrm{LeakyReLU}_{0.01}(W_1\,[x;\, \mathrm{up}_{4}(m)])\bigr)
-
-    with bilinear :math:`\mathrm{up}_4` (``align_corners=False``). Upsampling commutes with the linear map, so the
-    message's half of :math:`W_1` is applied before it, on a sixteenth of the positions. Without a graph to record, a
-    CPU takes a few rows of cells at a time.
-
-    With a mask, only messages of valid tokens are interpolated (their weights normalised to one, which repeats the
-    last valid token beyond it as a cropped map would), and masked cells of the result are zero.
-
-    Returns:
-        (B, C, H, W), channels last in memory, dtype of ``x``.
+    Upsampling commutes with the linear map, so the message's half of the first layer is applied before it, on a
+    sixteenth of the positions. CPU inference takes a few rows of cells at a time.
     """
     batch, channels, height, width = x.shape
     tokens = x.permute(0, 2, 3, 1)
     message = message.permute(0, 2, 3, 1)
-    expand_x, expand_message = expand_weight.split(channels, dim=1)
+    expand_x, expand_message = weights.expand.split(channels, dim=1)
     hidden_message = F.linear(message, expand_message)
     down, across = (
         _interpolation(size, size_up, hidden_message)
@@ -61,13 +43,13 @@ def upsample_mlp(
     def update(rows: slice, tokens_near: slice) -> Tensor:
         hidden = F.linear(tokens[:, rows], expand_x)
         if share is None:
-            weights = down[rows, tokens_near].expand(batch, -1, -1)
-            hidden.flatten(2).baddbmm_(weights, hidden_message[:, tokens_near].flatten(2))
+            taps = down[rows, tokens_near].expand(batch, -1, -1)
+            hidden.flatten(2).baddbmm_(taps, hidden_message[:, tokens_near].flatten(2))
         else:
             hidden += _along_rows(down[rows, tokens_near], hidden_message[:, tokens_near]) / share[:, rows]
         # In place where no backward asks for what is overwritten: fresh memory costs a CPU more than the arithmetic.
-        contracted = F.linear(F.leaky_relu(hidden, LEAKY_SLOPE, inplace=True), contract_weight)
-        return F.layer_norm(contracted, (channels,), norm_weight, norm_bias)
+        contracted = F.linear(F.leaky_relu(hidden, LEAKY_SLOPE, inplace=True), weights.contract)
+        return F.layer_norm(contracted, (channels,), weights.norm, weights.norm_bias)
 
     if dispatch.is_cpu_inference(x):
         y = x.new_empty((batch, height, width, channels))

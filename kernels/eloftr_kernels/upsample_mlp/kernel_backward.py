@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Backward kernels of the message's upsampling and MLP; ``docs/kernels/upsample_mlp.md`` derives them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from eloftr_kernels.upsample_mlp.kernel_forward import (
+    REACH,
+    SIDE,
+    SLOPE,
+    _corners,
+    _standardise,
+    _taps,
+    _update,
+)
+
+
+@triton.jit
+def _update_bwd(
+    grad_ptr, x_ptr, coarse_ptr, expand_ptr, contract_ptr, norm_weight_ptr, mask_ptr, valid_ptr,
+    grad_update_ptr, active_ptr, share_ptr, norm_partial_ptr,
+    H, W, grad_stride_b, grad_stride_c, grad_stride_y, grad_stride_x, x_stride_b, x_stride_c, x_stride_y, x_stride_x,
+    C: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_U: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Recomputes the activations and goes back through LayerNorm: stores the gradient of what it normalised."""
+    sample = tl.program_id(1)
+    tokens = (H + SIDE - 1) // SIDE * ((W + SIDE - 1) // SIDE)
+    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    position_in = position < H * W
+    channel = tl.arange(0, BLOCK_C)
+    wanted = position_in[:, None] & (channel < C)[None, :]
+    row, column = position // W, position % W
+    t0, t1, t2, t3, w0, w1, w2, w3, share = _corners(
+        position, position_in, valid_ptr + sample * tokens, H, W, HAS_MASK
+    )  # fmt: skip
+    at = sample * x_stride_b + row * x_stride_y + column * x_stride_x
+    x = tl.load(x_ptr + at[:, None] + channel[None, :] * x_stride_c, mask=wanted, other=0.0)
+    update = _update(
+        x.to(expand_ptr.dtype.element_ty), expand_ptr, contract_ptr, coarse_ptr + sample * tokens * 2 * C,
+        active_ptr + sample * H * W * 2 * C, t0, t1, t2, t3, w0, w1, w2, w3, position, position_in, channel,
+        C, True, BLOCK_P, BLOCK_C, BLOCK_U, PRECISION,
+    )  # fmt: skip
+    standard, inverse = _standardise(update, channel, C)
+    kept = position_in
+    if HAS_MASK:
+        kept &= tl.load(mask_ptr + sample * H * W + position, mask=position_in, other=0) != 0
+        tl.store(share_ptr + sample * H * W + position, share, mask=position_in)
+    at = sample * grad_stride_b + row * grad_stride_y + column * grad_stride_x
+    at = grad_ptr + at[:, None] + channel[None, :] * grad_stride_c
+    grad = tl.load(at, mask=wanted & kept[:, None], other=0.0).to(tl.float32)
+    part = norm_partial_ptr + (sample * tl.num_programs(0) + tl.program_id(0)) * 2 * C + channel
+    tl.store(part, tl.sum(grad * standard, 0), mask=channel < C)
+    tl.store(part + C, tl.sum(grad, 0), mask=channel < C)
+    slope = grad * tl.load(norm_weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+    along = tl.sum(slope * standard, 1) / C
+    slope = inverse[:, None] * (slope - tl.sum(slope, 1)[:, None] / C - standard * along[:, None])
+    to = grad_update_ptr + (sample * H * W + position)[:, None] * C + channel[None, :]
+    tl.store(to, slope.to(grad_update_ptr.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def _hidden_bwd(
+    grad_ptr, grad_update_ptr, active_ptr, expand_ptr, contract_ptr, mask_ptr, grad_hidden_ptr, grad_x_ptr,
+    H, W, grad_stride_b, grad_stride_c, grad_stride_y, grad_stride_x,
+    grad_x_stride_b, grad_x_stride_c, grad_x_stride_y, grad_x_stride_x,
+    C: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_U: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Back through both linear layers: stores the gradients of the hidden units and of x."""
+    sample = tl.program_id(1)
+    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    position_in = position < H * W
+    channel = tl.arange(0, BLOCK_C)
+    wanted = position_in[:, None] & (channel < C)[None, :]
+    flat = sample * H * W + position
+    grad_update = tl.load(grad_update_ptr + flat[:, None] * C + channel[None, :], mask=wanted, other=0.0)
+    grad_x = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for first in range(0, 2 * C, BLOCK_U):
+        unit = first + tl.arange(0, BLOCK_U)
+        at = flat[:, None] * (2 * C) + unit[None, :]
+        there = position_in[:, None] & (unit < 2 * C)[None, :]
+        real = (channel < C)[:, None] & (unit < 2 * C)[None, :]
+        weight = tl.load(contract_ptr + channel[:, None] * (2 * C) + unit[None, :], mask=real, other=0.0)
+        through = tl.dot(grad_update, weight, input_precision=PRECISION)
+        active = tl.load(active_ptr + at, mask=there, other=0.0)
+        through = tl.where(active.to(tl.float32) > 0, through, SLOPE * through).to(
+            grad_hidden_ptr.dtype.element_ty
+        )
+        tl.store(grad_hidden_ptr + at, through, mask=there)
+        real = (unit < 2 * C)[:, None] & (channel < C)[None, :]
+        weight = tl.load(expand_ptr + unit[:, None] * (2 * C) + channel[None, :], mask=real, other=0.0)
+        grad_x = tl.dot(through, weight, grad_x, input_precision=PRECISION)
+    row, column = position // W, position % W
+    if HAS_MASK:
+        wanted &= (tl.load(mask_ptr + flat, mask=position_in, other=0) != 0)[:, None]
+    at = sample * grad_stride_b + row * grad_stride_y + column * grad_stride_x
+    at = grad_ptr + at[:, None] + channel[None, :] * grad_stride_c
+    grad_x += tl.load(at, mask=wanted, other=0.0).to(tl.float32)
+    to = sample * grad_x_stride_b + row * grad_x_stride_y + column * grad_x_stride_x
+    to = grad_x_ptr + to[:, None] + channel[None, :] * grad_x_stride_c
+    tl.store(to, grad_x.to(grad_x_ptr.dtype.element_ty), mask=position_in[:, None] & (channel < C)[None, :])
+
+
+@triton.jit
+def _upsample_bwd(
+    grad_hidden_ptr, valid_ptr, share_ptr, grad_coarse_ptr, H, W,
+    C: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
+    """Transpose of up_4 as a gather: every token sums the cells of its 8x8 window in order, so that runs agree."""
+    sample = tl.program_id(2)
+    rows, columns = (H + SIDE - 1) // SIDE, (W + SIDE - 1) // SIDE
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_in = token < rows * columns
+    unit = tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)
+    row, column = token // columns, token % columns
+    total = tl.zeros((BLOCK_T, BLOCK_U), tl.float32)
+    for step in range(REACH * REACH):
+        y = row * SIDE - 2 + step // 8
+        x = column * SIDE - 2 + step % 8
+        inside = token_in & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        top, bottom, down = _taps(y, rows)
+        left, right, across = _taps(x, columns)
+        weight = tl.where(top == row, 1 - down, 0.0) + tl.where(bottom == row, down, 0.0)
+        weight *= tl.where(left == column, 1 - across, 0.0) + tl.where(right == column, across, 0.0)
+        position = sample * H * W + y * W + x
+        if HAS_MASK:
+            weight /= tl.load(share_ptr + position, mask=inside, other=1.0)
+        at = grad_hidden_ptr + position[:, None] * (2 * C) + unit[None, :]
+        value = tl.load(at, mask=inside[:, None] & (unit < 2 * C)[None, :], other=0.0)
+        total += value.to(tl.float32) * weight[:, None]
+    if HAS_MASK:
+        valid = tl.load(valid_ptr + sample * rows * columns + token, mask=token_in, other=0) != 0
+        total = tl.where(valid[:, None], total, 0.0)
+    to = grad_coarse_ptr + (sample * rows * columns + token)[:, None] * (2 * C) + unit[None, :]
+    tl.store(to, total.to(grad_coarse_ptr.dtype.element_ty), mask=token_in[:, None] & (unit < 2 * C)[None, :])

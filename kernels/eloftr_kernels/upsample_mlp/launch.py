@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-call"
+"""Launches of the kernels of the message's upsampling and MLP: tiles, buffers, and what library products do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from eloftr_kernels import dispatch
+from eloftr_kernels.aggregated_attention.naive import token_mask
+from eloftr_kernels.upsample_mlp.kernel_backward import _hidden_bwd, _update_bwd, _upsample_bwd
+from eloftr_kernels.upsample_mlp.kernel_forward import _upsample_mlp_fwd
+from eloftr_kernels.upsample_mlp.naive import MlpWeights
+
+LARGE_TILE_BYTES = 120 * 1024
+
+
+def forward(
+    x: Tensor,
+    message: Tensor,
+    weights: MlpWeights,
+    mask: Tensor | None,
+) -> Tensor:
+    """Launch the forward kernel. Workspace: (B, h * w, 2C), the first layer of the message at its own resolution."""
+    batch, channels, height, width = x.shape
+    y = x.new_empty((batch, height, width, channels))
+    coarse = F.linear(_tokens(message), weights.expand[:, channels:])
+    options = _options(x, coarse.dtype, mask is not None)
+    if batch:
+        _upsample_mlp_fwd[triton.cdiv(height * width, options["BLOCK_P"]), batch](
+            x, coarse, weights.expand.contiguous(), weights.contract.contiguous(), weights.norm.contiguous(),
+            weights.norm_bias.contiguous(), *_masks(x, mask), y, height, width, *x.stride(), **options,
+        )  # fmt: skip
+    return y.permute(0, 3, 1, 2)
+
+
+def backward(
+    grad: Tensor,  # (B, C, H, W)
+    x: Tensor,
+    message: Tensor,
+    weights: MlpWeights,
+    mask: Tensor | None,
+) -> list[Tensor]:
+    """Gradients to x, message and the weights, in the order of :class:`MlpWeights`.
+
+    Workspaces, of which only the backward pass has need: (B, H * W, 2C) activations and their gradients, and
+    (B, H * W, C) of the update, from which ``torch.matmul`` makes the weight gradients.
+    """
+    batch, channels, height, width = x.shape
+    dtype, masked = weights.expand.dtype, mask is not None
+    tokens = _tokens(message)
+    coarse = F.linear(tokens, weights.expand[:, channels:])
+    mask_, valid = _masks(x, mask)
+    grad_x, grad_coarse = torch.empty_like(x), torch.empty_like(coarse)
+    grad_update = x.new_empty((batch, height * width, channels), dtype=dtype)
+    active, grad_hidden = (x.new_empty((batch, height * width, 2 * channels), dtype=dtype) for _ in range(2))
+    share = x.new_empty((batch, height, width) if masked else (0,), dtype=torch.float32)
+    expand, contract = weights.expand.contiguous(), weights.contract.contiguous()
+    # The recomputation has more to keep in registers: the small tile over twice the threads.
+    small, large = _options(x, dtype, masked, large=False) | {"num_warps": 8}, _options(x, dtype, masked)
+    blocks = triton.cdiv(height * width, small["BLOCK_P"])
+    norm = x.new_empty((batch * blocks, 2, channels), dtype=torch.float32)
+    if batch:
+        _update_bwd[blocks, batch](
+            grad, x, coarse, expand, contract, weights.norm.contiguous(), mask_, valid, grad_update,
+            active, share, norm, height, width, *grad.stride(), *x.stride(), **small,
+        )  # fmt: skip
+        _hidden_bwd[triton.cdiv(height * width, large["BLOCK_P"]), batch](
+            grad, grad_update, active, expand, contract, mask_, grad_hidden, grad_x, height, width,
+            *grad.stride(), *grad_x.stride(), **large,
+        )  # fmt: skip
+        _upsample_bwd[triton.cdiv(tokens.shape[1], 16), triton.cdiv(2 * channels, 64), batch](
+            grad_hidden, valid, share, grad_coarse, height, width, C=channels, HAS_MASK=masked, BLOCK_T=16,
+            BLOCK_U=64, num_warps=4,
+        )  # fmt: skip
+    cells = x.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype)
+    grad_expand = torch.cat(
+        [grad_hidden.flatten(0, 1).T @ cells, grad_coarse.flatten(0, 1).T @ tokens.flatten(0, 1)], 1
+    )
+    grad_contract = grad_update.flatten(0, 1).T @ active.flatten(0, 1)
+    grad_message = (grad_coarse @ expand[:, channels:]).reshape(batch, *message.shape[2:], channels)
+    grad_norm = norm.sum(0).to(weights.norm.dtype)
+    of_weights = MlpWeights(
+        expand=grad_expand,
+        contract=grad_contract,
+        # Two views of one buffer may not leave an operator.
+        norm=grad_norm[0].clone(),
+        norm_bias=grad_norm[1].clone(),
+    )
+    return [grad_x, grad_message.permute(0, 3, 1, 2), *of_weights]
+
+
+def _tokens(message: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h * w, C), a view where it is channels last in memory."""
+    batch, channels = message.shape[:2]
+    return message.permute(0, 2, 3, 1).reshape(batch, message.shape[2] * message.shape[3], channels)
+
+
+def _masks(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mask of cells and of tokens; without one, stand-ins that no kernel reads."""
+    return (x, x) if mask is None else (mask.contiguous(), token_mask(mask))
+
+
+def _options(x: Tensor, dtype: torch.dtype, masked: bool, large: bool = True) -> dict[str, Any]:
+    """Constants of a kernel over positions: one fixed choice per dtype and machine, no timing at the first call.
+
+    A large tile halves how often the weights are read, and needs 112 KiB of shared memory at 256 channels.
+    """
+    large = large and dispatch.shared_memory(x.device) >= LARGE_TILE_BYTES
+    exact = dtype == torch.float32
+    return {
+        "C": x.shape[1],
+        "HAS_MASK": masked,
+        "BLOCK_P": 16 if exact else 64 if large else 32,
+        "BLOCK_C": triton.next_power_of_2(x.shape[1]),
+        "BLOCK_U": 16 if exact else 32,
+        "PRECISION": dispatch.dot_precision(dtype),
+        "num_warps": 8 if large and not exact else 4,
+        "num_stages": 1 if exact else 2,
+    }
