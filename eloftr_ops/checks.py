@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eloftr_ops.types import CELL, Features
+from eloftr_ops.types import CELL, Features, ImageInput, PairInput
 
 MIN_SIZE = 32
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -153,6 +153,39 @@ def check_pair(data: Any) -> None:
             raise ValueError(
                 f'mask{side}: expected together with "image{side}". Give the mask to extract_features instead.'
             )
+
+
+def checked_pair(
+    data: Mapping[str, Any],
+    widths: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    values: bool = True,
+) -> PairInput:
+    """Both sides of a batch of pairs: images with their masks, or features of a model of these widths and dtype.
+
+    Raises:
+        ValueError, TypeError: as the checks of each entry; or different batch sizes.
+    """
+    check_pair(data)
+    sides: list[ImageInput | Features] = []
+    for side in "01":
+        if f"features{side}" in data:
+            sides.append(check_features(f"features{side}", data[f"features{side}"], widths, device, dtype))
+            continue
+        mask = None
+        pixels = check_image(f"image{side}", data[f"image{side}"], device)
+        if data.get(f"mask{side}") is not None:
+            shape = (pixels.shape[0], *pixels.shape[-2:])
+            mask = check_mask(
+                f"mask{side}", data[f"mask{side}"], f"image{side}", shape, device, values=values
+            )
+        if values:
+            check_range(f"image{side}", pixels, mask)
+        sides.append(ImageInput(pixels, mask))
+    check_same_batch(sides[0][0].shape[0], sides[1][0].shape[0])
+    return PairInput(*sides)
 
 
 def check_max_matches(max_matches: Any, size0: tuple[int, ...], multiple: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 CELL = 8  # pixels per side of a coarse cell, and of its fine window
@@ -119,6 +120,17 @@ class StaticMatches(NamedTuple):
     keypoints1: Tensor  # (B, K, 2) x, y in image 1, pixels
     confidence: Tensor  # (B, K)
     valid: Tensor  # (B, K) bool
+
+    @classmethod
+    def from_rows(cls, matches: Matches, valid: Tensor) -> StaticMatches:
+        """From B * K rows, those of a pair together, and which of them count, (B, K) bool."""
+        keypoints0, keypoints1, confidence, _ = (x.unflatten(0, valid.shape) for x in matches)
+        return cls(
+            torch.where(valid[..., None], keypoints0, 0),
+            torch.where(valid[..., None], keypoints1, 0),
+            torch.where(valid, confidence, 0),
+            valid,
+        )
 
 
 class CoarsePairs(NamedTuple):

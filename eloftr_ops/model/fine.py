@@ -16,7 +16,7 @@ from eloftr_kernels import WindowMatches
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode
 from eloftr_ops.model.backbone import fold_batch_norm
 from eloftr_ops.model.stages import stage
-from eloftr_ops.types import CELL, CoarseMatches, CoarseOutput
+from eloftr_ops.types import CELL, CoarseMatches, CoarseOutput, Features, Matches
 
 
 class FeaturePyramid(nn.Module):
@@ -99,6 +99,19 @@ def keypoints_from_windows(
     if mode == "soft":
         return soft0, soft1
     return hard0.detach() + (soft0 - soft0.detach()), hard1.detach() + (soft1 - soft1.detach())
+
+
+def on_image(matches: Matches, features0: Features, features1: Features) -> Tensor:
+    """(M,) bool: both keypoints lie on their image and on no masked pixel."""
+    inside = torch.ones_like(matches.batch_indexes, dtype=torch.bool)
+    for keypoints, features in ((matches.keypoints0, features0), (matches.keypoints1, features1)):
+        height, width = (CELL * cells for cells in features.coarse.shape[-2:])
+        column, row = keypoints.detach().floor().long().unbind(-1)
+        inside = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        if features.mask is not None:
+            row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
+            inside = inside & features.mask[matches.batch_indexes, row, column]
+    return inside
 
 
 def cell_positions(cells: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:

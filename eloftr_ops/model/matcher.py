@@ -14,23 +14,14 @@ from kornia.feature import LoFTR
 from torch import Tensor, nn
 
 from eloftr_kernels import window_match
-from eloftr_ops.checks import (
-    check_features,
-    check_image,
-    check_mask,
-    check_max_matches,
-    check_pair,
-    check_range,
-    check_same_batch,
-)
+from eloftr_ops.checks import check_image, check_mask, check_max_matches, check_range, checked_pair
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode, WeightLayout, check_choice
 from eloftr_ops.model.backbone import RepVGG
 from eloftr_ops.model.coarse import match_cells, select_matches, select_top
-from eloftr_ops.model.fine import FeaturePyramid, keypoints_from_windows
+from eloftr_ops.model.fine import FeaturePyramid, keypoints_from_windows, on_image
 from eloftr_ops.model.stages import stage
 from eloftr_ops.model.transformer import CoarseTransformer
 from eloftr_ops.types import (
-    CELL,
     CoarseMatches,
     CoarseOutput,
     Features,
@@ -66,8 +57,7 @@ class EfficientLoFTR(LoFTR):
         ``confidence`` carries gradient to both images in every mode. ``keypoints0`` and ``keypoints1``: see
         :func:`eloftr_ops.model.fine.keypoints_from_windows` and ``docs/differentiability.md``.
 
-    It is a ``kornia.feature.LoFTR`` by contract, not by code: kornia's stitcher and tracker ask for that class, and
-    nothing of its constructor or its layers is used.
+    It is a ``kornia.feature.LoFTR`` by contract, not by code: kornia's stitcher and tracker ask for that class.
 
     Args:
         config: architecture and matching parameters; the authors' model by default. Or a name of weights, as
@@ -230,18 +220,12 @@ class EfficientLoFTR(LoFTR):
         selected, valid = select_top(coarse, self.config, max_matches)
         matches = self.keypoints_of(features0, features1, coarse, selected, mode)
         valid = valid & on_image(matches, features0, features1).view_as(valid)
-        keypoints0, keypoints1, confidence, _ = (x.unflatten(0, valid.shape) for x in matches)
-        return StaticMatches(
-            torch.where(valid[..., None], keypoints0, 0),
-            torch.where(valid[..., None], keypoints1, 0),
-            torch.where(valid, confidence, 0),
-            valid,
-        )
+        return StaticMatches.from_rows(matches, valid)
 
     def fused(self) -> EfficientLoFTR:
         """A copy in evaluation mode, its RepVGG branches folded into single convolutions.
 
-        It is still differentiable, and can be saved. :meth:`optimize_for_inference` folds more and gives that up.
+        It is still differentiable. :meth:`optimize_for_inference` folds more and gives that up.
         """
         copied = copy.deepcopy(self).eval()
         copied.backbone.fuse_()
@@ -328,27 +312,8 @@ class EfficientLoFTR(LoFTR):
         Raises:
             ValueError, TypeError: as :meth:`forward`.
         """
-        check_pair(data)
-        sides: list[ImageInput | Features] = []
-        for side in "01":
-            if f"features{side}" in data:
-                widths = self.config.stage_channels[1:]
-                dtype = next(self.pyramid.parameters()).dtype  # that of the backbone's maps
-                given = data[f"features{side}"]
-                sides.append(check_features(f"features{side}", given, widths, self.device, dtype))
-                continue
-            mask = None
-            pixels = check_image(f"image{side}", data[f"image{side}"], self.device)
-            if data.get(f"mask{side}") is not None:
-                shape = (pixels.shape[0], *pixels.shape[-2:])
-                mask = check_mask(
-                    f"mask{side}", data[f"mask{side}"], f"image{side}", shape, self.device, values=values
-                )
-            if values:
-                check_range(f"image{side}", pixels, mask)
-            sides.append(ImageInput(pixels, mask))
-        check_same_batch(sides[0][0].shape[0], sides[1][0].shape[0])
-        return PairInput(*sides)
+        dtype = next(self.pyramid.parameters()).dtype  # that of the backbone's maps
+        return checked_pair(data, self.config.stage_channels[1:], self.device, dtype, values=values)
 
     @stage
     def extract_pair(self, pair: PairInput) -> tuple[Features, Features]:
@@ -406,6 +371,7 @@ class EfficientLoFTR(LoFTR):
         mode: GradientMode,
     ) -> Matches:
         """Keypoints of selected cells, wherever they lie."""
+        options = self.config
         fine0, fine1 = self.fine_features(features0, features1, coarse)
         windows = window_match(
             fine0,
@@ -413,12 +379,12 @@ class EfficientLoFTR(LoFTR):
             selected.batch,
             selected.cells0,
             selected.cells1,
-            self.config.subpixel_channels,
-            self.config.subpixel_temperature,
-            self.config.centred_subpixel,
-            None if mode == "hard" else self.config.soft_temperature,
+            subpixel_channels=options.subpixel_channels,
+            subpixel_temperature=options.subpixel_temperature,
+            centred_subpixel=options.centred_subpixel,
+            soft_temperature=None if mode == "hard" else options.soft_temperature,
         )
-        keypoints0, keypoints1 = keypoints_from_windows(selected, windows, coarse, mode, self.config)
+        keypoints0, keypoints1 = keypoints_from_windows(selected, windows, coarse, mode, options)
         return Matches(keypoints0, keypoints1, selected.confidence, selected.batch)
 
     def fine_features(
@@ -437,16 +403,3 @@ class EfficientLoFTR(LoFTR):
             )
             return fine0, fine1
         return self.pyramid(*maps0), self.pyramid(*maps1)
-
-
-def on_image(matches: Matches, features0: Features, features1: Features) -> Tensor:
-    """(M,) bool: both keypoints lie on their image and on no masked pixel."""
-    inside = torch.ones_like(matches.batch_indexes, dtype=torch.bool)
-    for keypoints, features in ((matches.keypoints0, features0), (matches.keypoints1, features1)):
-        height, width = (CELL * cells for cells in features.coarse.shape[-2:])
-        column, row = keypoints.detach().floor().long().unbind(-1)
-        inside = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
-        if features.mask is not None:
-            row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
-            inside = inside & features.mask[matches.batch_indexes, row, column]
-    return inside

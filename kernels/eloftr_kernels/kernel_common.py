@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels of several ops share and what needs Triton: imported by ``kernel.py`` files only."""
+"""What the kernels of several ops share and what needs Triton: imported by kernels and launches only."""
 
 from __future__ import annotations
 
