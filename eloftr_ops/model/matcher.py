@@ -223,10 +223,7 @@ class EfficientLoFTR(LoFTR):
         return StaticMatches.from_rows(matches, valid)
 
     def fused(self) -> EfficientLoFTR:
-        """A copy in evaluation mode, its RepVGG branches folded into single convolutions.
-
-        It is still differentiable. :meth:`optimize_for_inference` folds more and gives that up.
-        """
+        """A copy in evaluation mode, its RepVGG branches folded into single convolutions; still differentiable."""
         copied = copy.deepcopy(self).eval()
         copied.backbone.fuse_()
         return copied
@@ -237,9 +234,7 @@ class EfficientLoFTR(LoFTR):
         dtype: torch.dtype | None = None,
         compile: bool | str = False,  # noqa: A002 - torch's word for it
     ) -> EfficientLoFTR:
-        """A copy that only matches, as fast as it can: see :class:`eloftr_ops.inference.optimized.InferenceMatcher`.
-
-        The copy gives no gradients and says so; this matcher stays as it is.
+        """A copy that only matches, without gradients: :class:`eloftr_ops.inference.optimized.InferenceMatcher`.
 
         Args:
             dtype: of the copy's weights and maps, for instance ``torch.bfloat16``; default: as they are.

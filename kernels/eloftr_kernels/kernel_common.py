@@ -21,3 +21,13 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
 def power_of_2(size: int) -> int:
     """The smallest power of two that is not below ``size``, and at least 16, the least that ``tl.dot`` takes."""
     return max(16, 1 << max(0, size - 1).bit_length())
+
+
+def next_power_of_2(size: int) -> int:
+    """The least power of two that is not below ``size``."""
+    return 1 << (size - 1).bit_length()
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover ``size``."""
+    return -(-size // block)

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: disable-error-code="no-untyped-call"
 """Launches of the kernels of aggregated attention: tiles, buffers, and what library products do."""
 
 from __future__ import annotations
@@ -9,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from eloftr_kernels import dispatch
 from eloftr_kernels.aggregated_attention.kernel_backward import _attention_bwd, _tokens_bwd
 from eloftr_kernels.aggregated_attention.kernel_forward import BLOCK_TOKENS, _attention_fwd, _tokens_fwd
 from eloftr_kernels.aggregated_attention.naive import AGGREGATION, AttentionWeights
+from eloftr_kernels.kernel_common import blocks, next_power_of_2
 
 
 class Saved(NamedTuple):
@@ -54,18 +53,18 @@ def forward(
     block_o = 16 if exact else 64 if channels <= 128 else 32
     flags = {"C": channels, "HAS_MASK": mask is not None, "HAS_SOURCE_MASK": source_mask is not None}
     if batch:
-        _tokens_fwd[2 * triton.cdiv(max(queries, keys), BLOCK_TOKENS), batch](
+        _tokens_fwd[2 * blocks(max(queries, keys), BLOCK_TOKENS), batch](
             x, source, x if mask is None else mask.contiguous(),
             source if source_mask is None else source_mask.contiguous(), weights.aggregate.contiguous(),
             weights.norm.contiguous(), weights.norm_bias.contiguous(), weights.q.contiguous(), weights.k.contiguous(),
             weights.v.contiguous(), q if rotary is None else rotary.contiguous(), q, k, v, query_valid, key_valid,
             *x.shape[2:], *x.stride(), *source.shape[2:], *source.stride(), **flags, ROTARY=rotary is not None,
-            BLOCK_T=BLOCK_TOKENS, BLOCK_C=triton.next_power_of_2(channels), BLOCK_O=block_o,
+            BLOCK_T=BLOCK_TOKENS, BLOCK_C=next_power_of_2(channels), BLOCK_O=block_o,
             PRECISION=precision, num_warps=8, num_stages=1 if exact else 2,
         )  # fmt: skip
         # Few queries are spread over more programs.
         block_q = 32 if exact or queries <= 1024 else 64
-        _attention_fwd[triton.cdiv(queries, block_q), num_heads, batch](
+        _attention_fwd[blocks(queries, block_q), num_heads, batch](
             q, k, v, query_valid, key_valid, attended, lse, queries, keys, math.log2(math.e) * size**-0.5, **flags,
             HEADS=num_heads, D=size, BLOCK_Q=block_q, BLOCK_K=32 if exact else 64, PRECISION=precision, num_warps=4,
             num_stages=2,
@@ -128,7 +127,7 @@ def _attention_backward(
     size = channels // num_heads
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     block_q, block_k = (32, 16) if q.dtype == torch.float32 else (64, 64)
-    grid = (triton.cdiv(keys, block_k) + triton.cdiv(queries, block_q), num_heads, batch)
+    grid = (blocks(keys, block_k) + blocks(queries, block_q), num_heads, batch)
     if batch:
         _attention_bwd[grid](
             q, k, v, key_valid, attended, lse, grad, q if rotary is None else rotary.contiguous(), grad_q, grad_k,
@@ -149,18 +148,18 @@ def _tokens_backward(
     source_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (batch, queries, channels), keys = grad_query.shape, grad_key.shape[1]
-    blocks, source_blocks = triton.cdiv(queries, BLOCK_TOKENS), triton.cdiv(keys, BLOCK_TOKENS)
+    tiles, source_tiles = blocks(queries, BLOCK_TOKENS), blocks(keys, BLOCK_TOKENS)
     grad_x, grad_source = torch.empty_like(x), torch.empty_like(source)
     query, key = torch.empty_like(grad_query), torch.empty_like(grad_key)
-    norm = x.new_empty((batch * (blocks + source_blocks), 2, channels), dtype=torch.float32)
-    conv = x.new_empty((batch * blocks, AGGREGATION**2, channels), dtype=torch.float32)
+    norm = x.new_empty((batch * (tiles + source_tiles), 2, channels), dtype=torch.float32)
+    conv = x.new_empty((batch * tiles, AGGREGATION**2, channels), dtype=torch.float32)
     if batch:
-        _tokens_bwd[2 * max(blocks, source_blocks), batch](
+        _tokens_bwd[2 * max(tiles, source_tiles), batch](
             x, source, x if mask is None else mask.contiguous(),
             source if source_mask is None else source_mask.contiguous(), weights.aggregate.contiguous(),
             weights.norm.contiguous(), weights.norm_bias.contiguous(), grad_query, grad_key, query, key, grad_x,
             grad_source, norm, conv, *x.shape[2:], *x.stride(), *grad_x.stride(), *source.shape[2:], *source.stride(),
             *grad_source.stride(), C=channels, HAS_MASK=mask is not None, HAS_SOURCE_MASK=source_mask is not None,
-            BLOCK_T=BLOCK_TOKENS, BLOCK_C=triton.next_power_of_2(channels), num_warps=8,
+            BLOCK_T=BLOCK_TOKENS, BLOCK_C=next_power_of_2(channels), num_warps=8,
         )  # fmt: skip
     return grad_x, grad_source, query, key, norm, conv

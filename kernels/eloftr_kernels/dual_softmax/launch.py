@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eloftr_kernels.dispatch import dot_precision
 from eloftr_kernels.dual_softmax import kernel_backward, kernel_forward
-from eloftr_kernels.kernel_common import dot_dtype, power_of_2
+from eloftr_kernels.kernel_common import blocks, dot_dtype, power_of_2
 
 ROWS_PER_LAUNCH = 1 << 15  # bounds the column workspace to S * ROWS_PER_LAUNCH / rows-of-a-tile elements
 SPAN = 512  # columns that one program of the forward walks over
@@ -85,10 +85,10 @@ def dual_softmax_lse_forward(
         return row_lse.fill_(-torch.inf), col_lse.fill_(-torch.inf)
     tiles = forward_tiles(features0.dtype, C, kernel_forward.large_shared_memory())
     constants = forward_constants(tiles, features0.dtype, C)
-    splits = _blocks(S, SPAN)
+    splits = blocks(S, SPAN)
     row_parts = row_lse.new_empty((B, splits, L))
     for first_row in range(0, L, ROWS_PER_LAUNCH):
-        row_tiles = _blocks(min(ROWS_PER_LAUNCH, L - first_row), tiles.rows)
+        row_tiles = blocks(min(ROWS_PER_LAUNCH, L - first_row), tiles.rows)
         col_parts = row_lse.new_empty((B, row_tiles, S))
         kernel_forward._dual_softmax_lse_fwd[(row_tiles * splits * B,)](
             features0, features1, mask0, mask1, row_parts, col_parts,
@@ -96,10 +96,10 @@ def dual_softmax_lse_forward(
             L, S, C, first_row, row_tiles, splits, 1 / temperature,
             **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-        kernel_forward._lse_reduce[(_blocks(S, _REDUCE_BLOCK) * B,)](
+        kernel_forward._lse_reduce[(blocks(S, _REDUCE_BLOCK) * B,)](
             col_parts, col_lse, row_tiles, S, ACCUMULATE=first_row > 0, BLOCK=_REDUCE_BLOCK
         )
-    kernel_forward._lse_reduce[(_blocks(L, _REDUCE_BLOCK) * B,)](
+    kernel_forward._lse_reduce[(blocks(L, _REDUCE_BLOCK) * B,)](
         row_parts, row_lse, splits, L, ACCUMULATE=False, BLOCK=_REDUCE_BLOCK
     )
     return row_lse, col_lse
@@ -121,7 +121,7 @@ def dual_softmax_lse_backward(
         return features0.new_zeros(features0.shape), features1.new_zeros(features1.shape)
     tiles = backward_tiles(features0.dtype, features0.shape[2], kernel_forward.large_shared_memory())
     constants = backward_constants(tiles, features0.dtype, features0.shape[2])
-    channel_blocks = _blocks(features0.shape[2], int(str(constants["BLOCK_OUT"])))
+    channel_blocks = blocks(features0.shape[2], int(str(constants["BLOCK_OUT"])))
     grad_row, grad_col = grad_row.contiguous(), grad_col.contiguous()
     amax = torch.maximum(grad_row.abs().amax(1), grad_col.abs().amax(1))
     side0 = (features0, mask0, row_lse.contiguous(), grad_row)
@@ -130,7 +130,7 @@ def dual_softmax_lse_backward(
     for own, other in ((side0, side1), (side1, side0)):
         (x, mask, lse, grad), (y, other_mask, other_lse, other_grad) = own, other
         B, N, C = x.shape
-        row_tiles = _blocks(N, tiles.rows)
+        row_tiles = blocks(N, tiles.rows)
         out = torch.empty((B, N, C), dtype=x.dtype, device=x.device)
         kernel_backward._dual_softmax_lse_bwd[(row_tiles * B, channel_blocks)](
             x, y, mask, other_mask, lse, other_lse, grad, other_grad, amax, out,
@@ -160,10 +160,10 @@ def mutual_best_forward(
     if row_lse is not None and col_lse is not None:
         row_lse, col_lse = row_lse.contiguous(), col_lse.contiguous()
     constants = forward_constants(tiles, features0.dtype, C)
-    splits = _blocks(S, SPAN)
+    splits = blocks(S, SPAN)
     row_parts = score1.new_empty((B, splits, L)), best1.new_empty((B, splits, L), dtype=torch.int32)
     for first_row in range(0, L, ROWS_PER_LAUNCH):
-        row_tiles = _blocks(min(ROWS_PER_LAUNCH, L - first_row), tiles.rows)
+        row_tiles = blocks(min(ROWS_PER_LAUNCH, L - first_row), tiles.rows)
         col_parts = score1.new_empty((B, row_tiles, S)), best1.new_empty((B, row_tiles, S), dtype=torch.int32)
         kernel_forward._mutual_best_fwd[(row_tiles * splits * B,)](
             features0, features1, mask0, mask1, row_lse, col_lse, *row_parts, *col_parts,
@@ -171,10 +171,10 @@ def mutual_best_forward(
             L, S, C, first_row, row_tiles, splits, 1 / temperature,
             **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-        kernel_forward._best_reduce[(_blocks(S, _REDUCE_BLOCK) * B,)](
+        kernel_forward._best_reduce[(blocks(S, _REDUCE_BLOCK) * B,)](
             *col_parts, score0, best0, row_tiles, S, ACCUMULATE=first_row > 0, BLOCK=_REDUCE_BLOCK
         )
-    kernel_forward._best_reduce[(_blocks(L, _REDUCE_BLOCK) * B,)](
+    kernel_forward._best_reduce[(blocks(L, _REDUCE_BLOCK) * B,)](
         *row_parts, score1, best1, splits, L, ACCUMULATE=False, BLOCK=_REDUCE_BLOCK
     )
     return best1, best0, score1
@@ -183,7 +183,3 @@ def mutual_best_forward(
 def _strides(x0: Tensor, x1: Tensor, mask0: Tensor | None, mask1: Tensor | None) -> tuple[int, ...]:
     masks = [(0, 0) if mask is None else mask.stride() for mask in (mask0, mask1)]
     return (*x0.stride(), *x1.stride(), *masks[0], *masks[1])
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: disable-error-code="no-untyped-call"
 """Launches of the kernels of the message's upsampling and MLP: tiles, buffers, and what library products do."""
 
 from __future__ import annotations
@@ -8,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from eloftr_kernels import dispatch
 from eloftr_kernels.aggregated_attention.naive import token_mask
+from eloftr_kernels.kernel_common import blocks, next_power_of_2
 from eloftr_kernels.upsample_mlp.kernel_backward import _hidden_bwd, _update_bwd, _upsample_bwd
 from eloftr_kernels.upsample_mlp.kernel_forward import _upsample_mlp_fwd
 from eloftr_kernels.upsample_mlp.naive import MlpWeights
@@ -32,7 +31,7 @@ def forward(
     coarse = F.linear(_tokens(message), weights.expand[:, channels:])
     options = _options(x, coarse.dtype, mask is not None)
     if batch:
-        _upsample_mlp_fwd[triton.cdiv(height * width, options["BLOCK_P"]), batch](
+        _upsample_mlp_fwd[blocks(height * width, options["BLOCK_P"]), batch](
             x, coarse, weights.expand.contiguous(), weights.contract.contiguous(), weights.norm.contiguous(),
             weights.norm_bias.contiguous(), *_masks(x, mask), y, height, width, *x.stride(), **options,
         )  # fmt: skip
@@ -63,18 +62,18 @@ def backward(
     expand, contract = weights.expand.contiguous(), weights.contract.contiguous()
     # The recomputation has more to keep in registers: the small tile over twice the threads.
     small, large = _options(x, dtype, masked, large=False) | {"num_warps": 8}, _options(x, dtype, masked)
-    blocks = triton.cdiv(height * width, small["BLOCK_P"])
-    norm = x.new_empty((batch * blocks, 2, channels), dtype=torch.float32)
+    tiles = blocks(height * width, small["BLOCK_P"])
+    norm = x.new_empty((batch * tiles, 2, channels), dtype=torch.float32)
     if batch:
-        _update_bwd[blocks, batch](
+        _update_bwd[tiles, batch](
             grad, x, coarse, expand, contract, weights.norm.contiguous(), mask_, valid, grad_update,
             active, share, norm, height, width, *grad.stride(), *x.stride(), **small,
         )  # fmt: skip
-        _hidden_bwd[triton.cdiv(height * width, large["BLOCK_P"]), batch](
+        _hidden_bwd[blocks(height * width, large["BLOCK_P"]), batch](
             grad, grad_update, active, expand, contract, mask_, grad_hidden, grad_x, height, width,
             *grad.stride(), *grad_x.stride(), **large,
         )  # fmt: skip
-        _upsample_bwd[triton.cdiv(tokens.shape[1], 16), triton.cdiv(2 * channels, 64), batch](
+        _upsample_bwd[blocks(tokens.shape[1], 16), blocks(2 * channels, 64), batch](
             grad_hidden, valid, share, grad_coarse, height, width, C=channels, HAS_MASK=masked, BLOCK_T=16,
             BLOCK_U=64, num_warps=4,
         )  # fmt: skip
@@ -117,7 +116,7 @@ def _options(x: Tensor, dtype: torch.dtype, masked: bool, large: bool = True) ->
         "C": x.shape[1],
         "HAS_MASK": masked,
         "BLOCK_P": 16 if exact else 64 if large else 32,
-        "BLOCK_C": triton.next_power_of_2(x.shape[1]),
+        "BLOCK_C": next_power_of_2(x.shape[1]),
         "BLOCK_U": 16 if exact else 32,
         "PRECISION": dispatch.dot_precision(dtype),
         "num_warps": 8 if large and not exact else 4,
