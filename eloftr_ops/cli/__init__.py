@@ -13,6 +13,7 @@ import typer
 
 from eloftr_ops._version import __version__
 from eloftr_ops.cli.evaluate import evaluate
+from eloftr_ops.cli.export import export
 from eloftr_ops.cli.matching import demo, match
 from eloftr_ops.cli.train import train
 
@@ -23,9 +24,9 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,  # its tables cut the names of options
     pretty_exceptions_show_locals=False,
-    help="EfficientLoFTR: match images, train and evaluate matchers.",
+    help="EfficientLoFTR: match images, train, evaluate and export matchers.",
 )
-for command in (match, demo, train, evaluate):
+for command in (match, demo, train, evaluate, export):
     app.command()(command)
 
 
@@ -35,7 +36,7 @@ def main(
         bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """EfficientLoFTR: match images, train and evaluate matchers."""
+    """EfficientLoFTR: match images, train, evaluate and export matchers."""
     if version:
         typer.echo(f"eloftr-ops {__version__}")
         raise typer.Exit
