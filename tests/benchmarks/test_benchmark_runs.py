@@ -260,7 +260,13 @@ def test_a_refusal_is_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
 
 STRANGER = """
 import torch
-from eloftr_kernels import upsample_mlp as ours
+from eloftr_kernels import MlpWeights, upsample_mlp
+
+def ours(x, message, expand_weight, contract_weight, norm_weight, norm_bias, mask=None):
+    weights = MlpWeights(
+        expand=expand_weight, contract=contract_weight, norm=norm_weight, norm_bias=norm_bias
+    )
+    return upsample_mlp(x, message, weights, mask=mask)
 
 def good(**arguments):
     return 1 * ours(**arguments)
