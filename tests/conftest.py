@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes ``tests/support`` and ``benchmarks`` importable, and keeps runs comparable."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is imported, which other packages may do before the tests of the kernels.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 

@@ -9,7 +9,7 @@ import torch
 from conftest import operator_input, pairs, tiny_interface
 
 import eloftr_ops.integrations.transformers as interface
-from eloftr_kernels import aggregated_attention
+from eloftr_kernels import AttentionWeights, aggregated_attention
 from eloftr_ops.integrations.transformers.features import layer_weights
 from support.golden import golden_model, image, reference
 
@@ -180,20 +180,16 @@ def test_attention_weights_give_the_message_of_their_layer(masked):
     weights = layer_weights(layer, *seen, None, mask, mask)
     value = value.nan_to_num().unflatten(-1, (2, -1)).transpose(1, 2)
     message = layer.merge((weights @ value).transpose(1, 2).flatten(2)).mT.unflatten(2, (2, 3))
-    expected = aggregated_attention(
-        *seen,
-        layer.aggregate.weight,
-        layer.token_norm.weight,
-        layer.token_norm.bias,
-        layer.q_proj.weight,
-        layer.k_proj.weight,
-        layer.v_proj.weight,
-        layer.merge.weight,
-        layer.num_heads,
-        None,
-        mask,
-        mask,
+    named = AttentionWeights(
+        aggregate=layer.aggregate.weight,
+        norm=layer.token_norm.weight,
+        norm_bias=layer.token_norm.bias,
+        q=layer.q_proj.weight,
+        k=layer.k_proj.weight,
+        v=layer.v_proj.weight,
+        merge=layer.merge.weight,
     )
+    expected = aggregated_attention(*seen, named, num_heads=layer.num_heads, mask=mask, source_mask=mask)
     if masked:
         message = message[..., :2]
         expected = expected[..., :2]

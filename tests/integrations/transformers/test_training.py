@@ -115,7 +115,6 @@ def test_a_plain_loop_learns():
 
 
 def test_transformers_trainer_learns(tmp_path):
-    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
     from transformers import Trainer, TrainingArguments
 
     torch.manual_seed(0)
