@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from eloftr_kernels import backend, dual_softmax_lse, mutual_best, upsample_mlp, window_match
+from eloftr_kernels import MlpWeights, backend, dual_softmax_lse, mutual_best, upsample_mlp, window_match
 from eloftr_kernels.dual_softmax import why_not
 
 
@@ -40,7 +40,7 @@ def test_forward_mode_through_the_reference_agrees_with_finite_differences():
     weights = [torch.randn(s, dtype=torch.float64) for s in ((8, 8), (4, 8), (4,), (4,))]
 
     def update(value):
-        return upsample_mlp(value, message, *weights)
+        return upsample_mlp(value, message, MlpWeights(*weights))
 
     _, along = torch.func.jvp(update, (x,), (tangent,))
     difference = (update(x + 1e-6 * tangent) - update(x - 1e-6 * tangent)) / 2e-6
