@@ -183,7 +183,7 @@ def _found(
     matcher: Matcher, image0: LoadedImage, image1: LoadedImage, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keypoints of both images in pixels of these, and confidence, on the CPU in float32."""
-    if not (_has_texture(image0) and _has_texture(image1)):
+    if not (has_texture(image0) and has_texture(image1)):
         # Whatever a matcher finds in a blank image lies anywhere.
         return torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0)
     data: dict[str, Any] = {}
@@ -199,7 +199,8 @@ def _found(
     return keypoints0.clone(), keypoints1.clone(), confidence.clone()
 
 
-def _has_texture(loaded: LoadedImage) -> bool:
+def has_texture(loaded: LoadedImage) -> bool:
+    """Whether the image has two gray levels of 255 between its darkest and its brightest visible pixel."""
     pixels = loaded.image[0] if loaded.mask is None else loaded.image[0][loaded.mask]
     return pixels.numel() > 0 and float(pixels.max() - pixels.min()) >= _LEAST_CONTRAST
 

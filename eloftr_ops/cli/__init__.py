@@ -14,6 +14,7 @@ import typer
 from eloftr_ops._version import __version__
 from eloftr_ops.cli.evaluate import evaluate
 from eloftr_ops.cli.export import export
+from eloftr_ops.cli.match_pairs import match_pairs_command
 from eloftr_ops.cli.matching import demo, match
 from eloftr_ops.cli.train import train
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 for command in (match, demo, train, evaluate, export):
     app.command()(command)
+app.command("match-pairs")(match_pairs_command)
 
 
 @app.callback(invoke_without_command=True)

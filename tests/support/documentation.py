@@ -22,6 +22,8 @@ from torch import Tensor
 
 from eloftr_ops import EfficientLoFTR
 from eloftr_ops.io import demo_pair
+from eloftr_ops.reconstruction.journal import PairMatches
+from eloftr_ops.reconstruction.match_file import write_match_file
 from eloftr_ops.weights import hub
 from support.models import TINY
 from support.pair_files import objects, rendered, save_image
@@ -116,6 +118,15 @@ def _interface(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
+def _match_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """matches.h5 with the two matches of one pair."""
+    points = np.array([[10.5, 20.5], [30.25, 40.75]], np.float32)
+    confidence = np.array([0.5, 0.75], np.float32)
+    pair = PairMatches(("left.jpg", "right.jpg"), points, points + 1, confidence, (640, 480), (640, 480))
+    write_match_file(folder / "matches.h5", [pair], {})
+    return {}
+
+
 def _training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     _weight_files(folder, monkeypatch)
     (folder / "mine.yaml").write_text(
@@ -198,6 +209,7 @@ SET_UP: dict[str, Callable[[Path, pytest.MonkeyPatch], dict[str, Any]]] = {
     "docs/kernels/window_match.md": _maps,
     "docs/match.md": _bundled_pair,
     "docs/migration.md": _interface,
+    "docs/reconstruction.md": _match_file,
     "docs/training.md": _training,
     "docs/transformers.md": _interface,
     "docs/tutorials/end_to_end.md": _pair,

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``eloftr-ops match-pairs``: many pairs of images into one file."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import TimeRemainingColumn as TimeLeft
+from rich.text import Text
+
+from eloftr_ops.cli.common import Report, Threads, Weights, print_line, reported_mistakes
+from eloftr_ops.matching import DEFAULT_RESIZE, DEFAULT_WEIGHTS
+from eloftr_ops.reconstruction.bulk import BulkReport, PairChoice, match_pairs
+from eloftr_ops.reconstruction.engine import MatchSettings, Outcome
+
+__all__ = ["match_pairs_command", "watch_pairs"]
+
+_LISTED = 5  # refused pairs that are printed
+
+
+class Pairs(enum.StrEnum):
+    """Which images are matched with which."""
+
+    exhaustive = "exhaustive"
+    sequential = "sequential"
+    retrieval = "retrieval"
+    file = "file"
+
+
+_Source = typer.Argument(help="Folder of images, or text file of pairs.", show_default=False)
+_Output = typer.Option("--output", "-o", help="HDF5 file to write, in hloc's layout: .h5.")
+_Pairs = typer.Option("--pairs", help="How pairs are chosen from a folder.")
+_Images = typer.Option(help="Folder of the images in a file of pairs; that of the file by default.")
+_Window = typer.Option(min=1, help="sequential: images behind an image that it is matched with.")
+_Neighbours = typer.Option(min=1, help="retrieval: images most alike that an image is matched with.")
+_Resize = typer.Option(min=0, help="Reduce longer images to this long side, in pixels; 0: never.")
+_Threshold = typer.Option(help="Least confidence of a match; the weights' own by default.")
+_Batch = typer.Option(min=1, help="Pairs of equal sizes that a GPU matches together.")
+_Devices = typer.Option(help="auto: all CUDA GPUs, or the CPU; or names: cuda:0,cuda:1.")
+_Memory = typer.Option(min=0.1, help="GiB on each device for the features of images.")
+_Loaders = typer.Option(min=1, help="Threads that read images, for each device.")
+_Npz = typer.Option(help="Folder for one .npz file per pair, too.")
+_Overwrite = typer.Option(
+    "--overwrite", help="Begin anew; without it, a run goes on where the last one ended."
+)
+
+
+def match_pairs_command(
+    source: Annotated[Path, _Source],
+    output: Annotated[Path, _Output],
+    pairs: Annotated[Pairs, _Pairs] = Pairs.exhaustive,
+    images: Annotated[Path | None, _Images] = None,
+    window: Annotated[int, _Window] = 10,
+    neighbours: Annotated[int, _Neighbours] = 20,
+    weights: Weights = DEFAULT_WEIGHTS,
+    resize: Annotated[int, _Resize] = DEFAULT_RESIZE,
+    threshold: Annotated[float | None, _Threshold] = None,
+    batch: Annotated[int, _Batch] = 4,
+    devices: Annotated[str, _Devices] = "auto",
+    memory: Annotated[float, _Memory] = 4.0,
+    loaders: Annotated[int, _Loaders] = 2,
+    npz: Annotated[Path | None, _Npz] = None,
+    overwrite: Annotated[bool, _Overwrite] = False,
+    threads: Threads = None,
+) -> None:
+    """Match many pairs of images into one HDF5 file; an interrupted run goes on where it ended."""
+    with reported_mistakes():
+        if threads is not None:
+            torch.set_num_threads(threads)
+        choice = PairChoice(source, pairs.value, images, window, neighbours)
+        settings = MatchSettings(weights, resize, threshold, batch, int(memory * 2**30), loaders)
+        try:
+            report = match_pairs(
+                choice,
+                output,
+                settings,
+                devices=devices,
+                npz=npz,
+                overwrite=overwrite,
+                watch=watch_pairs,
+            )
+        except KeyboardInterrupt:
+            message = "Interrupted. What is matched is kept; the same command goes on from there."
+            Console(stderr=True, highlight=False).print(message)
+            raise typer.Exit(130) from None
+        print_bulk_report(Report(), report)
+
+
+def watch_pairs(outcomes: Iterable[Outcome], total: int, done: int) -> Iterator[Outcome]:
+    """A progress bar on standard error with the rate and the time left; the outcomes pass through."""
+    columns = (
+        TextColumn("pairs"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeLeft(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("pairs", total=total, completed=done, begun=done)
+        for outcome in outcomes:
+            yield outcome
+            progress.advance(task)
+
+
+def print_bulk_report(console: Console, report: BulkReport) -> None:
+    """What was matched, and what was not."""
+    reused = f", {report.reused} of an earlier run" if report.reused else ""
+    print_line(console, "pairs", f"{report.matched} matched{reused}")
+    print_line(console, "matches", f"{report.matches}")
+    rate = f" ({report.matched / report.seconds:.2f} pairs per second)" if report.matched else ""
+    print_line(console, "time", f"{report.seconds:.1f} s{rate}")
+    if report.refused:
+        print_line(console, "refused", f"{len(report.refused)}, listed in {report.refused_list}")
+        for (first, second), reason in report.refused[:_LISTED]:
+            print_line(console, "", f"{first} {second}: {reason}".replace(" : ", ": "))
+    print_line(console, "written", str(report.output))
+
+
+class _Rate(ProgressColumn):
+    """Pairs per second of this run."""
+
+    def render(self, task: Task) -> Text:
+        done = task.completed - task.fields["begun"]
+        rate = done / task.elapsed if task.elapsed else 0.0
+        return Text(f"{rate:.2f}/s")
