@@ -8,6 +8,7 @@ with the matcher it came from is not written.
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import tempfile
 import time
@@ -17,22 +18,23 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from eloftr_ops.checks import MIN_SIZE, check_max_matches
 from eloftr_ops.config import check_choice
+from eloftr_ops.errors import FileError
+from eloftr_ops.inference.export_check import ExportError, Graph, check_images, checked, samples
 from eloftr_ops.inference.static import OUTPUT_NAMES, StaticMatcher, plain_operations
-from eloftr_ops.io import FileError, check_output, demo_pair
-from eloftr_ops.model.matcher import EfficientLoFTR
-from eloftr_ops.types import CELL, StaticMatches
+from eloftr_ops.io import check_output
+from eloftr_ops.model.matcher import SIZE_MULTIPLE, EfficientLoFTR
+from eloftr_ops.types import StaticMatches
+
+__all__ = ["SUFFIXES", "ExportError", "ExportReport", "Format", "export", "foreign_operators", "to_onnx"]
 
 Format = Literal["onnx", "torch-export", "aoti"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
 OPSET = 18  # the first with all that the graph needs, and old enough for TensorRT 10 and OpenVINO
-PIXELS = 0.01  # how far a keypoint of an exported float32 graph may move
-LEAST_SHARED = {torch.float32: 0.995, torch.float16: 0.9}  # of the matches of the float32 matcher
-
-Graph = Callable[..., StaticMatches]
+_INPUTS = ("image0", "image1", "mask0", "mask1")
 
 
 class ExportReport(NamedTuple):
@@ -45,10 +47,6 @@ class ExportReport(NamedTuple):
     matches: int  # of the float32 matcher on the check images
     shared: float  # share of these that the file finds too: the same cells, keypoints within ``tolerance``
     tolerance: float  # pixels
-
-
-class ExportError(RuntimeError):
-    """The graph cannot be exported, or disagrees with its matcher."""
 
 
 def export(
@@ -97,30 +95,25 @@ def export(
     path = check_output(path, [SUFFIXES[format]])
     if format == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
-    if batch is None and format == "aoti":
-        raise ValueError(
-            "batch: expected a number for aoti, got None. Leave it open for onnx or torch-export."
-        )
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch: expected at least 1, got {batch}.")
+    size1 = size if size1 is None else size1
+    _check_sizes({"size": size, "size1": size1})
+    check_max_matches(max_matches, size, SIZE_MULTIPLE)
+    _check_batch(batch, format)
     start = time.perf_counter()
-    options = {"max_matches": max_matches, "masks": masks}
-    static = StaticMatcher(matcher, dtype=dtype, **options)  # type: ignore[arg-type]
-    inputs = check_inputs(size, size1 or size, batch or 2, masks)
+    static = StaticMatcher(matcher, max_matches=max_matches, masks=masks, dtype=dtype)
+    exact = StaticMatcher(matcher, max_matches=max_matches, masks=masks)
     with plain_operations():
-        expected = StaticMatches(*StaticMatcher(matcher, **options)(*inputs))  # type: ignore[arg-type]
-        program = _traced(static, inputs, dynamic=batch is None)
+        of = samples(exact, check_images(size, size1, batch or 2, masks))
+        program = _traced(static, of[0].inputs, dynamic=batch is None)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
             file = Path(folder) / path.name
-            run = _WRITERS[format](program, file, inputs)
-            shared, tolerance = _agreement(run, inputs, expected, dtype)
+            agreement = checked(_WRITERS[format](program, file), of, dtype)
             file_bytes = file.stat().st_size
             file.replace(path)
     except OSError as error:
         raise FileError(f"{path}: cannot be written ({error.strerror or error}).") from error
-    seconds = time.perf_counter() - start
-    return ExportReport(path, format, file_bytes, seconds, int(expected.valid.sum()), shared, tolerance)
+    return ExportReport(path, format, file_bytes, time.perf_counter() - start, *agreement)
 
 
 def to_onnx(matcher: EfficientLoFTR, path: str | os.PathLike[str], **options: Any) -> ExportReport:
@@ -128,84 +121,38 @@ def to_onnx(matcher: EfficientLoFTR, path: str | os.PathLike[str], **options: An
     return export(matcher, path, format="onnx", **options)
 
 
-def check_inputs(
-    size0: tuple[int, int], size1: tuple[int, int], batch: int, masks: bool
-) -> tuple[Tensor, ...]:
-    """Images that have matches: the bundled pair, and then image 0 with itself, over and over."""
-    pair = demo_pair()
-    image0, image1 = (
-        F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
-        for image, size in ((pair.image0, size0), (pair.image1, size1))
-    )
-    itself = F.interpolate(pair.image0, size1, mode="bilinear", align_corners=False, antialias=True).clamp(
-        0, 1
-    )
-    images = torch.cat([image0] * batch), torch.cat([image1, *[itself] * (batch - 1)])
-    if not masks:
-        return images
-    mask0, mask1 = (torch.ones(len(x), *x.shape[-2:], dtype=torch.bool) for x in images)
-    mask0[:, -size0[0] // 8 :] = False  # something is masked, or the check would not see masks
-    return *images, mask0, mask1
+def _check_sizes(sizes: dict[str, tuple[int, int]]) -> None:
+    for name, size in sizes.items():
+        if len(size) != 2 or not all(isinstance(side, int) and side >= MIN_SIZE for side in size):
+            raise ValueError(
+                f"{name}: expected (height, width), whole numbers of at least {MIN_SIZE}, got {size}."
+            )
 
 
-def agreement(got: StaticMatches, expected: StaticMatches, tolerance: float) -> float:
-    """Share of matches that both have: the same cells, all coordinates within ``tolerance`` pixels; 1 of none."""
-    both = [_by_cells(out) for out in (got, expected)]
-    most = max(map(len, both))
-    if most == 0:
-        return 1.0
-    near = sum(
-        bool(((both[0][cells] - keypoints).abs() <= tolerance).all())
-        for cells, keypoints in both[1].items()
-        if cells in both[0]
-    )
-    return near / most
-
-
-def _by_cells(matches: StaticMatches) -> dict[tuple[int, ...], Tensor]:
-    """Coordinates (4,) of each valid row by its pair and cells; windows are centred on the corners of cells."""
-    pair, row = matches.valid.nonzero(as_tuple=True)
-    keypoints = torch.cat([matches.keypoints0[pair, row], matches.keypoints1[pair, row]], 1).double()
-    cells = ((keypoints + CELL / 2) / CELL).floor().long()
-    keys = torch.cat([pair[:, None], cells[:, :2]], 1).tolist()
-    return {tuple(key): value for key, value in zip(keys, keypoints, strict=True)}
-
-
-def _agreement(
-    run: Graph, inputs: tuple[Tensor, ...], expected: StaticMatches, dtype: torch.dtype
-) -> tuple[float, float]:
-    """How much of the matcher's result the written file gives.
-
-    Raises:
-        ExportError: too little.
-    """
-    tolerance = PIXELS if dtype is torch.float32 else 1.0
-    shared = agreement(run(*inputs), expected, tolerance)
-    if shared < LEAST_SHARED[dtype]:
-        raise ExportError(
-            f"The exported graph shares {shared:.1%} of the matches with its matcher, expected at least "
-            f"{LEAST_SHARED[dtype]:.1%}. Nothing was written."
+def _check_batch(batch: int | None, format: Format) -> None:  # noqa: A002
+    if batch is None and format == "aoti":
+        raise ValueError(
+            "batch: expected a number for aoti, got None. Leave it open for onnx or torch-export."
         )
-    return shared, tolerance
+    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+        raise ValueError(f"batch: expected a whole number of at least 1, or None, got {batch}.")
 
 
 def _traced(
     static: StaticMatcher, inputs: tuple[Tensor, ...], *, dynamic: bool
 ) -> torch.export.ExportedProgram:
-    shapes = tuple({0: torch.export.Dim("batch", min=1, max=1024)} for _ in inputs) if dynamic else None
-    named = dict(zip(("image0", "image1", "mask0", "mask1"), inputs, strict=False))
+    named = dict(zip(_INPUTS, inputs, strict=False))
+    open_batch = {0: torch.export.Dim("batch", min=1, max=1024)}
+    shapes = dict.fromkeys(named, open_batch) if dynamic else None
     try:
-        return torch.export.export(
-            static, (), named, dynamic_shapes=None if shapes is None else dict(zip(named, shapes, strict=True)),
-            strict=False,
-        )  # fmt: skip
+        return torch.export.export(static, (), named, dynamic_shapes=shapes, strict=False)
     except (ValueError, TypeError):
         raise
     except Exception as error:  # the exporter's exceptions have no common base
         raise ExportError(f"torch.export cannot trace the matcher: {_first_line(error)}") from error
 
 
-def _write_onnx(program: torch.export.ExportedProgram, file: Path, inputs: tuple[Tensor, ...]) -> Graph:
+def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> Graph:
     import onnx
     import onnxruntime
 
@@ -244,28 +191,28 @@ def foreign_operators(file: str | os.PathLike[str]) -> list[str]:
     return sorted({f"{n.domain}::{n.op_type}" for n in model.graph.node if n.domain not in ("", "ai.onnx")})
 
 
-def _write_torch_export(
-    program: torch.export.ExportedProgram, file: Path, inputs: tuple[Tensor, ...]
-) -> Graph:
-    torch.export.save(program, file)
-    loaded = torch.export.load(file).module()
-    names = ("image0", "image1", "mask0", "mask1")
-    return lambda *tensors: StaticMatches(*loaded(**dict(zip(names, tensors, strict=False))))
+def _write_torch_export(program: torch.export.ExportedProgram, file: Path) -> Graph:
+    buffer = io.BytesIO()  # PyTorch's own writer reports a full disk as a defect
+    torch.export.save(program, buffer)
+    file.write_bytes(buffer.getbuffer())
+    return _by_name(torch.export.load(file).module())
 
 
-def _write_aoti(program: torch.export.ExportedProgram, file: Path, inputs: tuple[Tensor, ...]) -> Graph:
+def _write_aoti(program: torch.export.ExportedProgram, file: Path) -> Graph:
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
     try:
         aoti_compile_and_package(program, package_path=str(file))
     except Exception as error:  # the compiler's exceptions have no common base
         raise ExportError(f"AOTInductor cannot compile the matcher: {_first_line(error)}") from error
-    loaded = aoti_load_package(str(file))
-    names = ("image0", "image1", "mask0", "mask1")
-    return lambda *tensors: StaticMatches(*loaded(**dict(zip(names, tensors, strict=False))))
+    return _by_name(aoti_load_package(str(file)))
 
 
-_WRITERS: dict[Format, Callable[[torch.export.ExportedProgram, Path, tuple[Tensor, ...]], Graph]] = {
+def _by_name(loaded: Callable[..., Any]) -> Graph:
+    return lambda *tensors: StaticMatches(*loaded(**dict(zip(_INPUTS, tensors, strict=False))))
+
+
+_WRITERS: dict[Format, Callable[[torch.export.ExportedProgram, Path], Graph]] = {
     "onnx": _write_onnx,
     "torch-export": _write_torch_export,
     "aoti": _write_aoti,
