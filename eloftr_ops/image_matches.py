@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
     from eloftr_ops.geometry.verification import Verdict
+    from eloftr_ops.match_page import MatchPage
 
 __all__ = ["INLIER_THRESHOLD", "ImageMatches", "TwoViewModel"]
 
@@ -123,37 +124,48 @@ class ImageMatches:
         threshold: float = INLIER_THRESHOLD,
         max_matches: int | None = 200,
         ax: Axes | None = None,
-    ) -> Figure | SubFigure:
+        backend: Literal["matplotlib", "html"] | None = None,
+    ) -> Figure | SubFigure | MatchPage:
         """Draw both images side by side with lines between their matches; see `draw_matches`.
 
         Args:
-            path: picture to write, too: .png, .jpg, .webp, .pdf or .svg.
+            path: picture to write, too: .png, .jpg, .webp, .pdf or .svg, or a page to look at in a browser, .html.
             model: "homography" or "fundamental": draw its outliers thin and red. None: draw all alike.
             threshold: of the model's inliers.
             max_matches: the most lines drawn; None for all.
             ax: axes to draw into; None makes a figure.
+            backend: "matplotlib" or "html"; None: as the suffix of ``path`` says, else matplotlib.
+
+        Returns:
+            The figure, or the page, whose coordinates are in pixels of the images as given.
 
         Raises:
             FileError: ``path`` cannot be written.
             ArgumentError: an unknown model.
         """
-        from eloftr_ops.visualization import draw_matches
+        from eloftr_ops.visualization import draw_matches, is_page
 
+        if backend is None:
+            backend = "html" if is_page(path) else "matplotlib"
         found = None if model is None else self._model(model, threshold)
         pictures = [
             image.image if image.color is None else image.color for image in (self.image0, self.image1)
         ]
         keypoints0, keypoints1 = self._shown_keypoints()
+        inliers = None if found is None or found.matrix is None else found.inliers
         return draw_matches(
             pictures[0],
             pictures[1],
             keypoints0,
             keypoints1,
             self.confidence,
-            None if found is None or found.matrix is None else found.inliers,
+            inliers,
+            backend=backend,
             max_matches=max_matches,
             path=path,
             ax=ax,
+            size0_wh=self.image0.original_size_wh,
+            size1_wh=self.image1.original_size_wh,
         )
 
     def save(
@@ -163,9 +175,9 @@ class ImageMatches:
         model: str | None = "fundamental",
         threshold: float = INLIER_THRESHOLD,
     ) -> None:
-        """Write a file of matches (.npz, .json, .csv) or a picture, as the command line does; whole or not at all.
+        """Write a file of matches (.npz, .json, .csv), a picture or a page, as the command line does.
 
-        The fields are listed in docs/cli.md.
+        The file is whole, or there is none. The fields are listed in docs/cli.md.
 
         Args:
             path: file to write; its suffix chooses the format.

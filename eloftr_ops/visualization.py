@@ -5,28 +5,87 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from eloftr_ops.errors import ArgumentError
 from eloftr_ops.io import atomic_write, check_output
+from eloftr_ops.match_page import MatchPage, PagePicture, match_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ["PICTURE_SUFFIXES", "draw_matches"]
+__all__ = ["PAGE_SUFFIXES", "PICTURE_SUFFIXES", "MatchPage", "draw_matches", "is_page"]
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+PAGE_SUFFIXES = (".html", ".htm")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg", *PAGE_SUFFIXES)
 _WIDTH = 12.0  # inches, of a figure made here
 _DPI = 160
 _GAP = 0.012  # between the images, of their joint width
 _OUTLIER = "#ff3b30"
 _COLORS = ("viridis", 0.3, 1.0)  # its dark end would vanish in dark parts of the images
+_PAGE_COLORS = 64
 _Array = npt.NDArray[Any]
+Backend = Literal["matplotlib", "html"]
+
+
+@overload
+def draw_matches(
+    image0: Tensor | _Array,
+    image1: Tensor | _Array,
+    keypoints0: Tensor | _Array,
+    keypoints1: Tensor | _Array,
+    confidence: Tensor | _Array | None = None,
+    inliers: Tensor | _Array | None = None,
+    *,
+    backend: Literal["html"],
+    max_matches: int | None = 200,
+    path: str | os.PathLike[str] | None = None,
+    ax: None = None,
+    size0_wh: tuple[int, int] | None = None,
+    size1_wh: tuple[int, int] | None = None,
+) -> MatchPage: ...
+
+
+@overload
+def draw_matches(
+    image0: Tensor | _Array,
+    image1: Tensor | _Array,
+    keypoints0: Tensor | _Array,
+    keypoints1: Tensor | _Array,
+    confidence: Tensor | _Array | None = None,
+    inliers: Tensor | _Array | None = None,
+    *,
+    backend: Literal["matplotlib"] = "matplotlib",
+    max_matches: int | None = 200,
+    path: str | os.PathLike[str] | None = None,
+    ax: Axes | None = None,
+    size0_wh: tuple[int, int] | None = None,
+    size1_wh: tuple[int, int] | None = None,
+) -> Figure | SubFigure: ...
+
+
+@overload
+def draw_matches(
+    image0: Tensor | _Array,
+    image1: Tensor | _Array,
+    keypoints0: Tensor | _Array,
+    keypoints1: Tensor | _Array,
+    confidence: Tensor | _Array | None = None,
+    inliers: Tensor | _Array | None = None,
+    *,
+    backend: Backend,
+    max_matches: int | None = 200,
+    path: str | os.PathLike[str] | None = None,
+    ax: Axes | None = None,
+    size0_wh: tuple[int, int] | None = None,
+    size1_wh: tuple[int, int] | None = None,
+) -> Figure | SubFigure | MatchPage: ...
 
 
 def draw_matches(
@@ -37,15 +96,22 @@ def draw_matches(
     confidence: Tensor | _Array | None = None,
     inliers: Tensor | _Array | None = None,
     *,
+    backend: Backend = "matplotlib",
     max_matches: int | None = 200,
     path: str | os.PathLike[str] | None = None,
     ax: Axes | None = None,
-) -> Figure | SubFigure:
+    size0_wh: tuple[int, int] | None = None,
+    size1_wh: tuple[int, int] | None = None,
+) -> Figure | SubFigure | MatchPage:
     """Draw two images side by side and lines between their matches, coloured by confidence.
 
     With more matches than ``max_matches`` every k-th in order of confidence is drawn, so that the picture shows good
     and poor ones in their true proportion. Outliers, where ``inliers`` is given, are thin and red, below the others.
     The caption counts all matches. No global state of matplotlib is used or changed.
+
+    ``backend="html"`` gives a page instead, one file with all it needs. It has a slider for the least confidence, shows
+    the match under the pointer, zooms with the wheel and moves with a drag. It holds all matches; ``max_matches`` is
+    how many lines it draws at first.
 
     Convention:
         Keypoints are (x, y) in pixels of the images passed here; the centre of pixel (x, y) is (x + 0.5, y + 0.5).
@@ -59,23 +125,37 @@ def draw_matches(
         keypoints1: (M, 2).
         confidence: (M,); 0 to 1, or any scores, which then take the colour scale's whole range. None: one colour.
         inliers: (M,) bool.
+        backend: "matplotlib" or "html".
         max_matches: the most lines drawn; None for all.
-        path: file to write, .png .jpg .webp .pdf or .svg; whole or not at all.
-        ax: axes to draw into; None makes a figure.
+        path: file to write, .png .jpg .webp .pdf or .svg, for a page .html; whole or not at all.
+        ax: axes to draw into; None makes a figure. Not for a page.
+        size0_wh: for a page: (width, height) of the original image 0, in whose pixels the page gives coordinates. None:
+            those of ``image0``.
+        size1_wh: the same of image 1.
 
     Returns:
-        The figure.
+        The figure, or the page.
 
     Raises:
-        ValueError: shapes that do not fit, or ``max_matches`` is negative.
+        ValueError: shapes or sizes that do not fit, ``max_matches`` is negative, an unknown backend, or axes for a
+            page.
         FileError: ``path`` has another suffix or cannot be written (a ValueError too).
     """
+    _check_backend(backend, ax, size0_wh, size1_wh)
     if path is not None:
-        check_output(path, PICTURE_SUFFIXES)
+        allowed = [suffix for suffix in PICTURE_SUFFIXES if (suffix in PAGE_SUFFIXES) == (backend == "html")]
+        check_output(path, allowed)
     if max_matches is not None and max_matches < 0:
         raise ValueError(f"max_matches: expected 0 or more, or None, got {max_matches}.")
     picture0, picture1 = _picture("image0", image0), _picture("image1", image1)
     points0, points1, scores, good = _matches(keypoints0, keypoints1, confidence, inliers)
+    if backend == "html":
+        pictures = _page_picture(picture0, size0_wh), _page_picture(picture1, size1_wh)
+        page = _page(pictures, points0, points1, scores, good, max_matches)
+        if path is not None:
+            with atomic_write(path) as file:
+                file.write(page.html.encode())
+        return page
     width = picture0.shape[1] + picture1.shape[1]
     size = (width * (1 + _GAP), max(picture0.shape[0], picture1.shape[0]))
     axes = ax if ax is not None else _new_axes(size)
@@ -87,6 +167,60 @@ def draw_matches(
     if path is not None:
         _save(axes.figure, Path(path))
     return axes.figure
+
+
+def is_page(path: str | os.PathLike[str] | None) -> bool:
+    """Whether a file of this name is a page, not a picture."""
+    return path is not None and Path(path).suffix.lower() in PAGE_SUFFIXES
+
+
+def _check_backend(backend: str, ax: Axes | None, *sizes_wh: tuple[int, int] | None) -> None:
+    if backend not in ("matplotlib", "html"):
+        raise ArgumentError("backend", f"expected matplotlib or html, got {backend!r}.")
+    if backend == "html" and ax is not None:
+        raise ArgumentError(
+            "ax", "expected None, because a page has no axes. Pass backend='matplotlib' to draw into axes."
+        )
+    for name, size in zip(("size0_wh", "size1_wh"), sizes_wh, strict=True):
+        if size is not None and min(size) < 1:
+            raise ArgumentError(name, f"expected a positive (width, height), got {size}.")
+
+
+def _page_picture(pixels: _Array, size_wh: tuple[int, int] | None) -> PagePicture:
+    height, width = pixels.shape[:2]
+    return PagePicture(pixels, (1.0, 1.0) if size_wh is None else (size_wh[0] / width, size_wh[1] / height))
+
+
+def _page(
+    pictures: tuple[PagePicture, PagePicture],
+    points0: _Array,
+    points1: _Array,
+    scores: _Array | None,
+    good: _Array | None,
+    max_matches: int | None,
+) -> MatchPage:
+    from matplotlib.colors import to_hex
+
+    return match_page(
+        pictures,
+        points0,
+        points1,
+        scores,
+        good,
+        limits=_limits(scores),
+        colors=[to_hex(color) for color in _scale(_PAGE_COLORS)],
+        outlier=_OUTLIER,
+        max_matches=max_matches,
+    )
+
+
+def _scale(count: int) -> _Array:
+    """Colours from the least confidence to the largest, (count, 4)."""
+    from matplotlib import colormaps
+
+    name, low, high = _COLORS
+    colors: _Array = colormaps[name](np.linspace(low, high, count))
+    return colors
 
 
 def _new_axes(size: tuple[float, float]) -> Axes:
@@ -117,14 +251,12 @@ def _show(axes: Axes, picture0: _Array, picture1: _Array, size: tuple[float, flo
 def _draw_lines(
     axes: Axes, segments: _Array, scores: _Array | None, good: _Array | None, drawn: npt.NDArray[np.intp]
 ) -> None:
-    from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.collections import LineCollection
     from matplotlib.colors import ListedColormap, Normalize
 
     normalize = Normalize(*_limits(scores))
-    name, low, high = _COLORS
-    mappable = ScalarMappable(normalize, ListedColormap(colormaps[name](np.linspace(low, high, 256))))
+    mappable = ScalarMappable(normalize, ListedColormap(_scale(256)))
     segments = segments[drawn]
     scores = None if scores is None else scores[drawn]
     colors = mappable.to_rgba(np.full(len(segments), normalize.vmax) if scores is None else scores)

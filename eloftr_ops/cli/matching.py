@@ -41,7 +41,9 @@ class Model(enum.StrEnum):
 
 _Image = typer.Argument(help="Image file or http(s) URL.", show_default=False)
 _Output = typer.Option("--output", "-o", help="Write the matches: .npz, .json or .csv.")
-_Viz = typer.Option(help="Write a picture: .png, .jpg, .webp, .pdf or .svg.")
+_Viz = typer.Option(
+    help="Write a picture (.png, .jpg, .webp, .pdf, .svg), or a page with a slider and zoom (.html)."
+)
 _Resize = typer.Option(
     min=0, help="Reduce longer images to this long side, in pixels, to match them; 0: never."
 )
