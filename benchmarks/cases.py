@@ -129,8 +129,9 @@ CPU = (
 _TINY = (96, 128)
 _DOORS = ("eloftr_ops small fp32, plain", "eloftr_ops small fp32, plain, transformers' interface")
 QUICK_MATCHER = (PairCase("pair", _TINY, ("eloftr_ops full", "eloftr_ops small, CUDA graph", *_PEERS), 1),)
+EXPORTED = "eloftr_ops small fp32, onnxruntime"
 QUICK_CPU = (
-    PairCase("pair", _TINY, ("eloftr_ops small fp32", "eloftr_ops small bf16", *_DOORS), 1),
+    PairCase("pair", _TINY, ("eloftr_ops small fp32", "eloftr_ops small bf16", *_DOORS, EXPORTED), 1),
     PairCase("many", _TINY, ("eloftr_ops small fp32",), 1),
     PairCase("batch", _TINY, ("eloftr_ops small fp32",), 1, batch=2),
     PairCase("curve", _TINY, ("eloftr_ops small fp32",), 1),

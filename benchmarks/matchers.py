@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gates import agreement, hold_agreement, hold_features
-from benchmarks.kernels import graphed
-from benchmarks.measure import DTYPES, Context, Run, Unavailable, count_operations
+from benchmarks.measure import DTYPES, Context, Unavailable, count_operations
 from benchmarks.stages import plain_model, stage_operations
 
 GATE_SIZE = (256, 320)  # multiples of 32: transformers takes no others
@@ -162,13 +161,13 @@ def _operations_of_a_run(name: str, size: tuple[int, int], context: Context) -> 
 def _ours(entry: MatcherEntry, context: Context) -> Matcher:
     dtype = DTYPES[entry.dtype_in(context)]
     plain = copy.deepcopy(plain_model(entry.preset, context.device))
-    model = plain.optimize_for_inference(dtype=dtype, compile=entry.mode == "compile")
+    model = plain.optimize_for_inference(
+        dtype=dtype, compile=entry.mode == "compile", cuda_graphs=entry.mode == "graph"
+    )
     if entry.mode == "reduce-overhead":
         for owner, attribute in ((model.backbone, "forward"), (model, "transform"), (model, "fine_features")):
             compiled = torch.compile(getattr(owner, attribute), mode=entry.mode, dynamic=False)
             setattr(owner, attribute, compiled)
-    elif entry.mode == "graph":
-        _graph_dense_part(model)
 
     def coarse(a: Tensor, b: Tensor) -> Tensor:
         return coarse_map(model, a, b)
@@ -182,31 +181,6 @@ def _plain(entry: MatcherEntry, context: Context) -> Matcher:
     """The model as it is loaded, not optimized."""
     model = plain_model(entry.preset, context.device)
     return Matcher(lambda a, b: model({"image0": a, "image1": b}), None, torch.float32, model)
-
-
-def _graph_dense_part(model: Any) -> None:
-    """Replay backbone, transformer and pyramid, whose shapes are static, as CUDA graphs."""
-    graphs: dict[Any, tuple[list[Tensor], Run]] = {}
-
-    def wrap(owner: Any, attribute: str, flatten: Callable[..., list[Tensor]]) -> None:
-        plain = getattr(owner, attribute)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            tensors = flatten(*args)
-            key = (attribute, *(t.shape for t in tensors))
-            if key not in graphs:
-                graphs[key] = (tensors, graphed(lambda: plain(*args, **kwargs)))
-            inputs, replay = graphs[key]
-            for mine, theirs in zip(inputs, tensors, strict=True):
-                if mine.data_ptr() != theirs.data_ptr():
-                    mine.copy_(theirs)
-            return replay()
-
-        setattr(owner, attribute, call)
-
-    wrap(model.backbone, "forward", lambda image: [image])
-    wrap(model, "transform", lambda f0, f1: [f0.coarse, f1.coarse])
-    wrap(model, "fine_features", lambda f0, f1, m: [m.coarse0, m.coarse1, *f0[:2], *f1[:2]])
 
 
 def _transformers(entry: MatcherEntry, context: Context) -> Matcher:

@@ -13,6 +13,7 @@ from eloftr_ops.types import CELL, Features, ImageInput, PairInput
 
 MIN_SIZE = 32
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_LOWEST, _HIGHEST = -1e-3, 1 + 1e-3  # of an image; the slack is for resampling and rounding
 
 
 def check_image(name: str, image: Any, device: torch.device) -> Tensor:
@@ -65,7 +66,7 @@ def check_mask(
             "Masks are given at image resolution."
         )
     _check_device(name, mask, device)
-    if values and mask.is_floating_point() and not _all_finite(mask):
+    if values and mask.is_floating_point() and not bool(_is_finite(mask)):
         raise ValueError(f"{name}: expected finite values, got NaN or infinity. Pass a bool mask.")
     return mask != 0
 
@@ -80,13 +81,8 @@ def check_range(name: str, image: Tensor, mask: Tensor | None) -> None:
     """
     if torch.compiler.is_compiling() or image.numel() == 0:
         return
-    values = image.detach()
-    if mask is not None:
-        values = values.masked_fill(~mask[:, None], 0)
-    low, high = (float(v) for v in torch.aminmax(values))
-    if not (
-        low >= -1e-3 and high <= 1 + 1e-3
-    ):  # also false for NaN; the slack is for resampling and rounding
+    low, high = (float(v) for v in _visible_extremes(image, mask))
+    if not (low >= _LOWEST and high <= _HIGHEST):  # also false for NaN
         if low != low or high != high or abs(low) == float("inf") or abs(high) == float("inf"):
             raise ValueError(f"{name}: expected finite values in [0, 1], got NaN or infinity.")
         raise ValueError(
@@ -94,8 +90,35 @@ def check_range(name: str, image: Tensor, mask: Tensor | None) -> None:
         )
 
 
+def acceptable_values(data: Mapping[str, Any], pair: PairInput) -> Tensor:
+    """() bool on the device: whether the values pass the checks that :func:`checked_pair` makes of them.
+
+    Nothing waits for the device.
+
+    Args:
+        data: what was given.
+        pair: the same, checked without values.
+    """
+    passed = []
+    for side in pair:
+        if isinstance(side, ImageInput):
+            low, high = (x.double() for x in _visible_extremes(*side))
+            passed.append((low >= _LOWEST) & (high <= _HIGHEST))
+        else:
+            passed += [_is_finite(x) for x in side[:3]]
+    masks = [data[name] for name in ("mask0", "mask1") if data.get(name) is not None]
+    passed += [_is_finite(mask) for mask in masks if mask.is_floating_point()]
+    return torch.stack(passed).all()
+
+
 def check_features(
-    name: str, features: Any, widths: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    name: str,
+    features: Any,
+    widths: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    values: bool = True,
 ) -> Features:
     """What ``extract_features`` of a model of the same widths and dtype returned. Errors name the entry.
 
@@ -123,7 +146,7 @@ def check_features(
     for key, value in features.items():
         _check_device(f"{name}[{key!r}]", value, device)
     for key in maps:
-        _check_map(f"{name}[{key!r}]", features[key], dtype)
+        _check_map(f"{name}[{key!r}]", features[key], dtype, values=values)
     mask = features.get("mask")
     if mask is not None:
         _check_shape(f"{name}['mask']", mask, (batch, 8 * height, 8 * width))
@@ -172,7 +195,8 @@ def checked_pair(
     sides: list[ImageInput | Features] = []
     for side in "01":
         if f"features{side}" in data:
-            sides.append(check_features(f"features{side}", data[f"features{side}"], widths, device, dtype))
+            given = data[f"features{side}"]
+            sides.append(check_features(f"features{side}", given, widths, device, dtype, values=values))
             continue
         mask = None
         pixels = check_image(f"image{side}", data[f"image{side}"], device)
@@ -224,17 +248,16 @@ def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_map(name: str, x: Tensor, dtype: torch.dtype) -> None:
+def _check_map(name: str, x: Tensor, dtype: torch.dtype, *, values: bool) -> None:
     """One reduction, as `check_range`; skipped while compiling."""
     expected = _FLOATS if torch.is_autocast_enabled(x.device.type) else (dtype,)
     if x.dtype not in expected:
         raise TypeError(
             f"{name}: expected {' or '.join(map(str, expected))}, got {x.dtype}. Extract the features with this model."
         )
-    if torch.compiler.is_compiling() or x.numel() == 0:
+    if not values or torch.compiler.is_compiling() or x.numel() == 0:
         return
-    low, high = torch.aminmax(x.detach())
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+    if not bool(_is_finite(x)):
         raise ValueError(f"{name}: expected finite values, got NaN or infinity. Extract the features again.")
 
 
@@ -245,5 +268,16 @@ def _check_device(name: str, x: Tensor, device: torch.device) -> None:
         )
 
 
-def _all_finite(x: Tensor) -> bool:
-    return bool(torch.isfinite(x).all())
+def _visible_extremes(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """() each: the least and the largest value that no mask (B, H, W) hides."""
+    visible = image.detach() if mask is None else image.detach().masked_fill(~mask[:, None], 0)
+    low, high = torch.aminmax(visible)
+    return low, high
+
+
+def _is_finite(x: Tensor) -> Tensor:
+    """() bool: no NaN, no infinity; an empty tensor has none."""
+    if x.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=x.device)
+    low, high = torch.aminmax(x.detach())
+    return torch.isfinite(low) & torch.isfinite(high)

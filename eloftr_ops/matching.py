@@ -20,6 +20,7 @@ from eloftr_ops.checks import MIN_SIZE
 from eloftr_ops.errors import ArgumentError, FileError
 from eloftr_ops.image_matches import ImageMatches, TwoViewModel
 from eloftr_ops.images import ImageSource, LoadedImage, load_image
+from eloftr_ops.inference.optimized import InferenceMatcher
 from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.tiles import match_tiles
 
@@ -235,6 +236,8 @@ def load_matcher(
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise ArgumentError("weights", f"{weights}: {error}") from error
     matcher = matcher.optimize_for_inference(dtype=dtype).to(chosen)
+    if isinstance(matcher, InferenceMatcher):
+        matcher.cuda_graphs.at_once = False  # many pairs come alone
     if threshold is not None:
         try:
             matcher.config = matcher.config.replace(threshold=threshold)

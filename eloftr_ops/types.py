@@ -22,6 +22,10 @@ class ImageInput(NamedTuple):
     pixels: Tensor  # (B, 1, H, W)
     mask: Tensor | None  # (B, H, W) bool
 
+    def stacks_with(self, other: ImageInput) -> bool:
+        """Whether both go through in one batch: equal sizes, and nothing is masked."""
+        return self.pixels.shape == other.pixels.shape and self.mask is None and other.mask is None
+
 
 class Features(NamedTuple):
     """Backbone features of one image of every pair of a batch; they do not depend on the other image."""

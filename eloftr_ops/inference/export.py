@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,7 +30,16 @@ from eloftr_ops.io import check_output
 from eloftr_ops.model.matcher import SIZE_MULTIPLE, EfficientLoFTR
 from eloftr_ops.types import StaticMatches
 
-__all__ = ["SUFFIXES", "ExportError", "ExportReport", "Format", "export", "foreign_operators", "to_onnx"]
+__all__ = [
+    "SUFFIXES",
+    "ExportError",
+    "ExportReport",
+    "Format",
+    "export",
+    "foreign_operators",
+    "operators",
+    "to_onnx",
+]
 
 Format = Literal["onnx", "torch-export", "aoti"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
@@ -185,10 +195,24 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> Graph:
 
 def foreign_operators(file: str | os.PathLike[str]) -> list[str]:
     """Operators of an ONNX file that do not belong to the ONNX standard, as ``domain::name``."""
+    return [name for name in operators(file) if not name.startswith("::")]
+
+
+def operators(file: str | os.PathLike[str]) -> dict[str, int]:
+    """How often each operator stands in an ONNX file, subgraphs and functions included, as ``domain::name``.
+
+    The domain of the ONNX standard is empty.
+    """
     import onnx
 
     model = onnx.load(str(file), load_external_data=False)
-    return sorted({f"{n.domain}::{n.op_type}" for n in model.graph.node if n.domain not in ("", "ai.onnx")})
+    counts: Counter[str] = Counter()
+    waiting = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while waiting:
+        node = waiting.pop()
+        counts[f"{'' if node.domain == 'ai.onnx' else node.domain}::{node.op_type}"] += 1
+        waiting += [inner for attribute in node.attribute for inner in attribute.g.node]
+    return dict(sorted(counts.items()))
 
 
 def _write_torch_export(program: torch.export.ExportedProgram, file: Path) -> Graph:

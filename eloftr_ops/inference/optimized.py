@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eloftr_ops.config import GradientMode
+from eloftr_ops.inference import cuda_graphs as graphs
 from eloftr_ops.inference.cpu.allocator import keep_small_blocks
 from eloftr_ops.inference.cpu.winograd import use_winograd
 from eloftr_ops.model.matcher import EfficientLoFTR
@@ -46,6 +47,11 @@ class InferenceMatcher(EfficientLoFTR):
             compiler, and tens of seconds), or the name of another ``torch.compile`` backend.
         mixed: keep in float32 what bfloat16 keeps there, with float16 too.
         winograd: use Winograd's algorithm where it pays.
+        cuda_graphs: on a CUDA GPU, record the launches of the first call with some shapes, and repeat them later.
+
+    Attributes:
+        cuda_graphs: the :class:`~eloftr_ops.inference.cuda_graphs.CudaGraphs` of this copy. Its ``why_not(device)``
+            says in words why there are none.
 
     Raises:
         ValueError: a dtype that is not floating point.
@@ -59,8 +65,10 @@ class InferenceMatcher(EfficientLoFTR):
         compiled: bool | str = False,
         mixed: bool = False,
         winograd: bool = True,
+        cuda_graphs: bool = True,
     ) -> None:
         nn.Module.__init__(self)
+        self.cuda_graphs = graphs.CudaGraphs(off=None if cuda_graphs else graphs.SWITCHED_OFF)
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}.")
         fused = matcher.fused()
@@ -111,9 +119,10 @@ class InferenceMatcher(EfficientLoFTR):
         Raises:
             ValueError: also for an input that requires a gradient.
         """
-        for name, value in data.items():
+        for name, value in data.items() if isinstance(data, Mapping) else ():
             _refuse_gradient(name, value)
-        return super().forward(data, mode=mode)
+        replayed = self.cuda_graphs.match(self, data, mode)
+        return super().forward(data, mode=mode) if replayed is None else replayed
 
     @torch.no_grad()
     def extract_features(self, image: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -135,6 +144,11 @@ class InferenceMatcher(EfficientLoFTR):
         """As :meth:`EfficientLoFTR.fine_features`, in the pyramid's dtype."""
         coarse0, coarse1 = coarse.coarse0.to(features0.half.dtype), coarse.coarse1.to(features1.half.dtype)
         return super().fine_features(features0, features1, coarse._replace(coarse0=coarse0, coarse1=coarse1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceMatcher:
+        self.cuda_graphs.clear()  # they read the weights where these were
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def train(self, mode: bool = True) -> InferenceMatcher:
         """Evaluation mode only.

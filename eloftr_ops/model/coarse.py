@@ -84,25 +84,27 @@ def select_matches(coarse: CoarseOutput, config: EfficientLoFTRConfig) -> Coarse
     return CoarseMatches(batch[passed], cells0[passed], cells1[passed], confidence[passed])
 
 
-def select_top(
-    coarse: CoarseOutput, config: EfficientLoFTRConfig, count: int
+def select_fixed(
+    coarse: CoarseOutput, config: EfficientLoFTRConfig, count: int | None
 ) -> tuple[CoarseMatches, Tensor]:
     """As :func:`select_matches` with fixed shapes: the ``count`` pairs of cells with the highest scores of each pair.
 
-    Scores in descending order; of equal scores the cell of image 0 with the lower index comes first. Nothing here
-    waits for a device or branches on values.
+    Scores in descending order; of equal scores the cell of image 0 with the lower index comes first. Without ``count``
+    there is a row for every cell of image 0, in their order. Nothing here waits for a device or branches on values.
 
     Returns:
         B * count matches, those of a pair together; and (B, count) bool, false for rows without a match, whose cells
         are (0, 0).
     """
-    nearest = nearest_of(coarse)
-    score = torch.where(mutual_nearest(coarse, config), nearest.score01, -torch.inf)
-    top, cells0 = _descending(score, count)
-    valid = top > -torch.inf
+    nearest, valid = nearest_of(coarse), mutual_nearest(coarse, config)
+    if count is None:
+        cells0 = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    else:
+        top, cells0 = _descending(torch.where(valid, nearest.score01, -torch.inf), count)
+        valid = top > -torch.inf
     cells0 = cells0 * valid
     cells1 = nearest.nearest01.gather(1, cells0) * valid
-    batch = torch.arange(score.shape[0], device=score.device)[:, None].expand_as(cells0).flatten()
+    batch = torch.arange(len(valid), device=valid.device)[:, None].expand_as(cells0).flatten()
     cells0, cells1 = cells0.flatten(), cells1.flatten()
     confidence = pair_confidence(coarse.scores, batch, cells0, cells1, config)
     valid = valid & above_threshold(confidence, config).view_as(valid)

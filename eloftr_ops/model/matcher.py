@@ -17,7 +17,7 @@ from eloftr_kernels import window_match
 from eloftr_ops.checks import check_image, check_mask, check_max_matches, check_range, checked_pair
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode, WeightLayout, check_choice
 from eloftr_ops.model.backbone import RepVGG
-from eloftr_ops.model.coarse import match_cells, select_matches, select_top
+from eloftr_ops.model.coarse import match_cells, select_fixed, select_matches
 from eloftr_ops.model.fine import FeaturePyramid, keypoints_from_windows, on_image
 from eloftr_ops.model.stages import stage
 from eloftr_ops.model.transformer import CoarseTransformer
@@ -96,9 +96,7 @@ class EfficientLoFTR(LoFTR):
 
     def _adopt(self, loaded: EfficientLoFTR, fused: bool) -> None:
         if fused:
-            raise ValueError(
-                "fused: expected False with weights, which have one form. Call .fused() afterwards."
-            )
+            raise ValueError("fused: expected False with weights, which have one form. Call .fused() later.")
         self._config = loaded.config
         self.backbone, self.transformer, self.pyramid = loaded.backbone, loaded.transformer, loaded.pyramid
         self.eval()
@@ -214,13 +212,18 @@ class EfficientLoFTR(LoFTR):
         data = {"image0": image0, "image1": image1, "mask0": mask0, "mask1": mask1}
         pair = self.check_input(data, values=False)
         check_max_matches(max_matches, tuple(image0.shape[-2:]), SIZE_MULTIPLE)
+        return StaticMatches.from_rows(*self.match_rows(pair, mode, max_matches))
+
+    def match_rows(
+        self, pair: PairInput, mode: GradientMode, max_matches: int | None = None
+    ) -> tuple[Matches, Tensor]:
+        """B * K rows, those of a pair together, and which are matches, (B, K) bool; see ``coarse.select_fixed``."""
         features0, features1 = self.extract_pair(pair)
         coarse0, coarse1 = self.transform(features0, features1)
         coarse = match_cells(coarse0, coarse1, features0.coarse_mask, features1.coarse_mask, self.config)
-        selected, valid = select_top(coarse, self.config, max_matches)
+        selected, valid = select_fixed(coarse, self.config, max_matches)
         matches = self.keypoints_of(features0, features1, coarse, selected, mode)
-        valid = valid & on_image(matches, features0, features1).view_as(valid)
-        return StaticMatches.from_rows(matches, valid)
+        return matches, valid & on_image(matches, features0, features1).view_as(valid)
 
     def fused(self) -> EfficientLoFTR:
         """A copy in evaluation mode, its RepVGG branches folded into single convolutions; still differentiable."""
@@ -233,16 +236,18 @@ class EfficientLoFTR(LoFTR):
         *,
         dtype: torch.dtype | None = None,
         compile: bool | str = False,  # noqa: A002 - torch's word for it
+        cuda_graphs: bool = True,
     ) -> EfficientLoFTR:
         """A copy that only matches, without gradients: :class:`eloftr_ops.inference.optimized.InferenceMatcher`.
 
         Args:
             dtype: of the copy's weights and maps, for instance ``torch.bfloat16``; default: as they are.
             compile: run the dense parts through ``torch.compile``; True, or a backend's name.
+            cuda_graphs: on a CUDA GPU, replay recorded launches (:mod:`eloftr_ops.inference.cuda_graphs`).
         """
         from eloftr_ops.inference.optimized import InferenceMatcher
 
-        return InferenceMatcher(self, dtype=dtype, compiled=compile)
+        return InferenceMatcher(self, dtype=dtype, compiled=compile, cuda_graphs=cuda_graphs)
 
     @classmethod
     def from_pretrained(
@@ -314,13 +319,7 @@ class EfficientLoFTR(LoFTR):
     def extract_pair(self, pair: PairInput) -> tuple[Features, Features]:
         """Step 1. Features of both images: given, or extracted, in one batch where the images allow it."""
         side0, side1 = pair
-        if (
-            isinstance(side0, ImageInput)
-            and isinstance(side1, ImageInput)
-            and side0.pixels.shape == side1.pixels.shape
-            and side0.mask is None
-            and side1.mask is None
-        ):
+        if isinstance(side0, ImageInput) and isinstance(side1, ImageInput) and side0.stacks_with(side1):
             return self.extract(ImageInput(torch.cat([side0.pixels, side1.pixels]), None)).split()
         return self.extract(side0), self.extract(side1)
 
@@ -393,8 +392,7 @@ class EfficientLoFTR(LoFTR):
         maps0 = coarse.coarse0, features0.quarter, features0.half
         maps1 = coarse.coarse1, features1.quarter, features1.half
         if self.training and coarse.coarse0.shape == coarse.coarse1.shape:
-            fine0, fine1 = self.pyramid(*(torch.cat(maps) for maps in zip(maps0, maps1, strict=True))).chunk(
-                2
-            )
+            both = (torch.cat(maps) for maps in zip(maps0, maps1, strict=True))
+            fine0, fine1 = self.pyramid(*both).chunk(2)
             return fine0, fine1
         return self.pyramid(*maps0), self.pyramid(*maps1)

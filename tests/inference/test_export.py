@@ -3,6 +3,7 @@
 
 import errno
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from benchmarks import matchers
+from benchmarks.cases import EXPORTED
+from benchmarks.measure import Context
 from eloftr_ops import EfficientLoFTR
 from eloftr_ops.cli import app
 from eloftr_ops.inference import export as exporting
@@ -77,6 +81,22 @@ def test_onnxruntime_gives_the_matches_of_the_matcher(onnx_report: ExportReport,
     with torch.no_grad():
         expected = small_matcher().match_static(*images, max_matches=CELLS)
     assert_agrees(StaticMatches(*map(torch.from_numpy, fields)), expected)
+
+
+def test_the_benchmark_runs_the_file(
+    onnx_report: ExportReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row of ``benchmarks.run cpu``, with a file that is there already: held to the matcher it came from."""
+    monkeypatch.setattr(matchers, "plain_model", lambda *_: small_matcher())
+    shutil.copy(onnx_report.path, tmp_path / "small-96x64.onnx")
+    context = Context(torch.device("cpu"), "fp32", tmp_path, quick=True)
+    row = matchers.load(EXPORTED, context)
+    assert matchers.gate(EXPORTED, row, SIZE, context, alike=True) == 1
+    found, expected = (
+        row.match(*pair(1)),
+        small_matcher()(dict(zip(("image0", "image1"), pair(1), strict=True))),
+    )
+    assert len(found["confidence"]) == len(found["batch_indexes"]) == len(expected["confidence"]) > 0
 
 
 def test_the_python_client_needs_no_torch(onnx_report: ExportReport, tmp_path: Path) -> None:

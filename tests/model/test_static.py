@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eloftr_ops import EfficientLoFTR
-from eloftr_ops.model.coarse import select_top
+from eloftr_ops.model.coarse import select_fixed
 from eloftr_ops.types import StaticMatches
 from support.golden import golden_model, image
 from support.models import coarse_stage, random_images, tiny_model
@@ -89,7 +89,7 @@ def test_of_equal_scores_the_first_cell_comes_first() -> None:
     coarse = coarse_stage(model, data).coarse
     cells = torch.arange(CELLS)[None]
     tied = coarse.nearest._replace(nearest01=cells, nearest10=cells, score01=torch.zeros(1, CELLS))
-    selected, valid = select_top(coarse._replace(nearest=tied), model.config, 7)
+    selected, valid = select_fixed(coarse._replace(nearest=tied), model.config, 7)
     assert selected.cells0.tolist() == list(range(7))
     assert valid.all()
 
