@@ -16,6 +16,7 @@ from eloftr_ops.cli.evaluate import evaluate
 from eloftr_ops.cli.export import export
 from eloftr_ops.cli.match_pairs import match_pairs_command
 from eloftr_ops.cli.matching import demo, match
+from eloftr_ops.cli.reconstruct import reconstruct_command
 from eloftr_ops.cli.train import train
 
 __all__ = ["app"]
@@ -30,6 +31,7 @@ app = typer.Typer(
 for command in (match, demo, train, evaluate, export):
     app.command()(command)
 app.command("match-pairs")(match_pairs_command)
+app.command("reconstruct")(reconstruct_command)
 
 
 @app.callback(invoke_without_command=True)

@@ -102,7 +102,8 @@ def watch_pairs(outcomes: Iterable[Outcome], total: int, done: int) -> Iterator[
         _Rate(),
         TimeLeft(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("pairs", total=total, completed=done, begun=done)
         for outcome in outcomes:
             yield outcome

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tracks into COLMAP's database, and from there to a sparse model, through pycolmap.
+
+Source: Schonberger, Frahm: "Structure-from-Motion Revisited", CVPR 2016.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from eloftr_ops.errors import ArgumentError, FileError
+from eloftr_ops.reconstruction.cameras import PhotoCamera
+from eloftr_ops.reconstruction.tracks import Tracks
+
+__all__ = ["check_camera_model", "map_incrementally", "require_pycolmap", "verify_pairs", "write_database"]
+
+_SEED = 0
+
+
+def require_pycolmap() -> ModuleType:
+    """The package pycolmap.
+
+    Raises:
+        ArgumentError: it is not installed.
+    """
+    try:
+        import pycolmap
+    except ImportError as error:
+        raise ArgumentError(
+            "output", "COLMAP needs the package pycolmap. Install it with pip install 'eloftr-ops[sfm]'."
+        ) from error
+    return pycolmap
+
+
+def check_camera_model(name: str) -> None:
+    """Refuse a camera model that COLMAP does not know.
+
+    Raises:
+        ArgumentError: it does not.
+    """
+    known = set(require_pycolmap().CameraModelId.__members__) - {"INVALID"}
+    if name not in known:
+        raise ArgumentError("camera_model", f"expected one of {', '.join(sorted(known))}, got {name}.")
+
+
+def write_database(
+    path: Path, tracks: Tracks, cameras: Mapping[str, PhotoCamera], *, camera_model: str = "SIMPLE_RADIAL"
+) -> dict[str, int]:
+    """Write cameras, keypoints and matches into a new database.
+
+    Convention:
+        COLMAP puts the centre of the first pixel at (0.5, 0.5), as this project does: keypoints go in as they are.
+
+    Args:
+        path: a database that is there is replaced.
+        tracks: keypoints and matches.
+        cameras: of each image. Images of equal cameras share one.
+        camera_model: of COLMAP, such as "SIMPLE_RADIAL", "PINHOLE" or "OPENCV".
+
+    Returns:
+        COLMAP's number of each image.
+
+    Raises:
+        ArgumentError: no such camera model, or pycolmap is not installed.
+        FileError: the database cannot be written.
+    """
+    pycolmap = require_pycolmap()
+    check_camera_model(camera_model)
+    try:
+        for leftover in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))):
+            leftover.unlink(missing_ok=True)
+        with pycolmap.Database.open(path) as database, pycolmap.DatabaseTransaction(database):
+            ids = _write_images(pycolmap, database, tracks, cameras, camera_model)
+            for name, keypoints in zip(tracks.names, tracks.keypoints, strict=True):
+                database.write_keypoints(ids[name], np.ascontiguousarray(keypoints, np.float32))
+            for (first, second), matches in tracks.pairs.items():
+                if len(matches):
+                    rows = np.ascontiguousarray(matches, np.uint32)
+                    database.write_matches(ids[first], ids[second], rows)
+    except (OSError, RuntimeError) as error:
+        raise FileError(f"{path}: cannot be written: {error}.") from error
+    return ids
+
+
+def verify_pairs(path: Path, *, threads: int = -1) -> int:
+    """Keep the matches of each pair that one two-view geometry explains; COLMAP's RANSAC. How many are kept."""
+    pycolmap = require_pycolmap()
+    options = pycolmap.TwoViewGeometryOptions()
+    options.ransac.random_seed = _SEED
+    verifier = pycolmap.GeometricVerifierOptions()
+    verifier.num_threads = threads
+    with quiet(pycolmap):
+        pycolmap.geometric_verification(path, verifier, two_view_geometry_options=options)
+        with pycolmap.Database.open(path) as database:
+            return int(database.num_inlier_matches())
+
+
+def map_incrementally(
+    database: Path, images: Path, output: Path, *, threads: int = -1, least_images: int = 3
+) -> list[Any]:
+    """Models from a verified database, the one with most images first; written to ``output/0``, ``output/1``, ...
+
+    Args:
+        database: of `verify_pairs`.
+        images: folder of the images.
+        output: folder, made if need be.
+        threads: of the mapper; -1: all.
+        least_images: of a model.
+    """
+    pycolmap = require_pycolmap()
+    output.mkdir(parents=True, exist_ok=True)
+    options = pycolmap.IncrementalPipelineOptions()
+    options.num_threads = threads
+    options.random_seed = options.mapper.random_seed = options.triangulation.random_seed = _SEED
+    options.min_model_size = least_images
+    options.extract_colors = False  # it would look into images that are not turned upright
+    with quiet(pycolmap):
+        models = pycolmap.incremental_mapping(database, images, output, options)
+    return sorted(models.values(), key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
+
+
+@contextlib.contextmanager
+def quiet(pycolmap: ModuleType) -> Iterator[None]:
+    """Without COLMAP's running commentary."""
+    before = pycolmap.logging.minloglevel
+    pycolmap.logging.minloglevel = pycolmap.logging.FATAL.value
+    try:
+        yield
+    finally:
+        pycolmap.logging.minloglevel = before
+
+
+def _write_images(
+    pycolmap: ModuleType, database: Any, tracks: Tracks, cameras: Mapping[str, PhotoCamera], model: str
+) -> dict[str, int]:
+    """Each image with its camera; images of one camera have its rig and a frame of their own."""
+    ids: dict[str, int] = {}
+    known: dict[PhotoCamera, tuple[int, int]] = {}
+    for name in tracks.names:
+        photo = cameras[name]
+        if photo not in known:
+            width, height = photo.size_wh
+            camera = pycolmap.Camera.create_from_model_name(0, model, photo.start_focal, width, height)
+            camera.has_prior_focal_length = photo.focal is not None
+            camera = database.read_camera(database.write_camera(camera))
+            rig = pycolmap.Rig()
+            rig.add_ref_sensor(camera.sensor_id)
+            known[photo] = camera.camera_id, database.write_rig(rig)
+        camera_id, rig_id = known[photo]
+        image = database.read_image(database.write_image(pycolmap.Image(name=name, camera_id=camera_id)))
+        frame = pycolmap.Frame()
+        frame.rig_id = rig_id
+        frame.add_data_id(image.data_id)
+        database.write_frame(frame)
+        ids[name] = image.image_id
+    return ids

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One set of keypoints per image from the matches of all its pairs, and the tracks between them.
+
+A semi-dense matcher finds other points of an image in every pair, so that nothing becomes a track. Rounding to a grid
+makes them equal, and moves each by up to half a square, in each image another way. Here a match is never moved in one
+image alone:
+
+1. Keypoints are put where many pairs have matches, and go along with the matches around them into all other images
+   (`eloftr_ops.reconstruction.propagation`): a track with at most one point per image.
+2. The points of all tracks are moved together to agree with all matches, weighted by the confidences
+   (`eloftr_ops.reconstruction.adjustment`).
+3. Ties that still disagree are dropped, and tracks that hang on them fall apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from eloftr_ops.errors import ArgumentError
+from eloftr_ops.reconstruction.adjustment import adjust_keypoints, constraint_errors
+from eloftr_ops.reconstruction.journal import PairMatches
+from eloftr_ops.reconstruction.match_table import Array, MatchTable, read_table
+from eloftr_ops.reconstruction.pairs import Pair
+from eloftr_ops.reconstruction.propagation import Grown, grow_tracks
+
+__all__ = ["TrackConfig", "TrackReport", "Tracks", "build_tracks", "components", "track_report"]
+
+Indexes = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """How tracks are made; lengths are in pixels as matched.
+
+    Attributes:
+        spacing: between the keypoints of an image where new ones are put.
+        reach: a keypoint goes along with matches at most so far away.
+        join: keypoints that arrive so near to another one are taken for the same.
+        max_error: largest disagreement of a tie with the keypoints at the end.
+        min_confidence: matches that are less sure are left out.
+    """
+
+    spacing: float = 4.0
+    reach: float = 6.0
+    join: float = 1.5
+    max_error: float = 1.5
+    min_confidence: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("spacing", "reach", "join", "max_error"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ArgumentError(name, f"expected a positive number of pixels, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class TrackReport:
+    """What became of the matches; errors are in pixels as matched.
+
+    Attributes:
+        matches: that were given.
+        ties: between two keypoints that agree with the matches around them.
+        tracks: points of the scene.
+        mean_length: images per track.
+        median_error: of the ties: how far a keypoint is from where the matches put it for the other one.
+        mean_error: likewise.
+        conflicts: times that two points of an image would have become one track.
+        broken: ties that did not agree.
+    """
+
+    matches: int
+    ties: int
+    tracks: int
+    mean_length: float
+    median_error: float
+    mean_error: float
+    conflicts: int = 0
+    broken: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Tracks:
+    """Keypoints of images, and matches between them by number.
+
+    Convention:
+        Keypoints are (x, y) in pixels of the upright original images; the centre of pixel (x, y) is
+        (x + 0.5, y + 0.5), as in COLMAP.
+    """
+
+    names: list[str]  # N images, sorted
+    sizes_wh: list[tuple[int, int]]
+    keypoints: list[npt.NDArray[np.float32]]  # (K, 2) of each image
+    scores: list[npt.NDArray[np.float32]]  # (K,) sum of the confidences of the matches
+    track: list[Indexes]  # (K,) number of the point of the scene
+    pairs: dict[Pair, npt.NDArray[np.int64]]  # (M, 2) keypoints of both images that are one point
+    report: TrackReport
+
+
+def build_tracks(
+    matches: Iterable[PairMatches], resize: int = 640, config: TrackConfig | None = None
+) -> Tracks:
+    """Make one set of keypoints per image from the matches of many pairs; see the module for how.
+
+    Convention:
+        See `Tracks` and `PairMatches`: both are in pixels of the originals, and in the project's frame.
+
+    Args:
+        matches: of each pair once, for instance from `eloftr_ops.reconstruction.match_file.MatchFile`.
+        resize: long side that larger images were reduced to for matching; 0: none was.
+        config: the defaults if left out.
+
+    Returns:
+        Tracks of at least two images. Without any match, images without keypoints. Pairs without a common track are
+        there, with no match.
+    """
+    config = config or TrackConfig()
+    table = read_table(matches, resize, config.min_confidence)
+    grown = grow_tracks(table, spacing=config.spacing, reach=config.reach, join=config.join)
+    position = adjust_keypoints(grown.constraints, grown.position)
+    errors = np.linalg.norm(constraint_errors(grown.constraints, position), axis=1)
+    agree = errors <= config.max_error
+    ties = grown.constraints.select(agree)
+    edges = np.stack([ties.keypoint0, ties.keypoint1], 1)
+    label = components(edges, len(position))
+    used = np.zeros(len(position), bool)
+    used[edges] = True
+    weight = np.bincount(edges.ravel(), np.repeat(ties.weight, 2), len(position)).astype(np.float64)
+    report = track_report(
+        table, errors[agree], label[used], conflicts=grown.conflicts, broken=int((~agree).sum())
+    )
+    grown = grown._replace(position=position, track=label)
+    return _sorted_tracks(table, grown, weight, used, report)
+
+
+def track_report(
+    table: MatchTable, errors: Array, label: Indexes, *, conflicts: int = 0, broken: int = 0
+) -> TrackReport:
+    """Of ties with these errors (T,) and keypoints of these tracks (K,)."""
+    tracks = len(np.unique(label))
+    return TrackReport(
+        matches=table.total,
+        ties=len(errors),
+        tracks=tracks,
+        mean_length=len(label) / tracks if tracks else 0.0,
+        median_error=float(np.median(errors)) if len(errors) else 0.0,
+        mean_error=float(errors.mean()) if len(errors) else 0.0,
+        conflicts=conflicts,
+        broken=broken,
+    )
+
+
+def _sorted_tracks(
+    table: MatchTable, grown: Grown, weight: Array, used: npt.NDArray[np.bool_], report: TrackReport
+) -> Tracks:
+    """Sort the keypoints that are used by image and by track, and match those of a track in every pair."""
+    _, label = np.unique(grown.track, return_inverse=True)
+    by_image = [np.flatnonzero(used & (grown.image == k)) for k in range(len(table.names))]
+    by_image = [rows[np.argsort(label[rows], kind="stable")] for rows in by_image]
+    pairs = {}
+    for pair in table.pairs:
+        first, second = (label[by_image[image]] for image in pair.images)
+        _, rows0, rows1 = np.intersect1d(first, second, assume_unique=True, return_indices=True)
+        pairs[pair.pair] = np.stack([rows0, rows1], 1).astype(np.int64)
+    return Tracks(
+        table.names,
+        table.sizes_wh,
+        [(grown.position[rows] * table.scales[k]).astype(np.float32) for k, rows in enumerate(by_image)],
+        [weight[rows].astype(np.float32) for rows in by_image],
+        [label[rows] for rows in by_image],
+        pairs,
+        report,
+    )
+
+
+def components(edges: Indexes, count: int) -> Indexes:
+    """(count,) the least number of each keypoint's component."""
+    label = np.arange(count)
+    while True:
+        least = label.copy()
+        np.minimum.at(least, edges[:, 0], label[edges[:, 1]])
+        np.minimum.at(least, edges[:, 1], label[edges[:, 0]])
+        least = least[least]
+        if (least == label).all():
+            return label
+        label = least
