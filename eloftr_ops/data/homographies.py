@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from kornia.geometry import get_perspective_transform, transform_points
 
+from eloftr_ops.geometry._precision import check_has_float64
+
 _SHRINKS = (0.75, 0.5, 0.25, 0.0)  # what a draw that never fits is multiplied by; 0 is the identity
 _MIN_DENOMINATOR = 0.3  # of the homogeneous denominator at the corners, relative to the centre
 
@@ -115,11 +117,12 @@ def sample_homographies(
         (B, 3, 3) homographies with last entry 1, determinant and denominators on the images positive.
 
     Raises:
-        ValueError: batch or a size is not positive.
+        ValueError: batch or a size is not positive, or the device has no float64.
     """
     height, width = size_hw
     if batch < 1 or height < 1 or width < 1:
         raise ValueError(f"batch and size_hw must be positive, got {batch} and {size_hw}")
+    check_has_float64("generator", generator.device)
     config = config or HomographyConfig()
     draws = _draw_parameters(config.tries * batch, generator, config).view(config.tries, batch, -1)
     shrunk = [draws[-1] * factor for factor in _SHRINKS]

@@ -35,6 +35,7 @@ from eloftr_ops.data.scene_geometry import (
     visible_share,
 )
 from eloftr_ops.data.synthetic import texture_activity, texture_pyramid
+from eloftr_ops.geometry._precision import check_has_float64
 
 _PLACES = 4  # drawn on the texture for a facet
 _SHRINKS = (0.5, 0.25, 0.05)  # what a camera motion that never fits is multiplied by
@@ -137,7 +138,7 @@ class ScenePairs:
         weights: relative frequency of each texture; equal if left out.
 
     Raises:
-        ValueError: no texture, a texture with another shape, or weights of another length.
+        ValueError: no texture, a texture with another shape, weights of another length, or a device without float64.
         TypeError: a texture that is not uint8.
     """
 
@@ -156,6 +157,7 @@ class ScenePairs:
         if len(weights) != len(pyramids):
             raise ValueError(f"weights must have one value per texture, got {len(weights)}")
         device = pyramids[0][0].device
+        check_has_float64("textures", device)
         self._weights = torch.tensor(weights, dtype=torch.float64, device=device)
         # All levels of all textures in one row of bytes, so that one gather serves every facet of every scene.
         self._texels = torch.cat([level.flatten() for levels in pyramids for level in levels])

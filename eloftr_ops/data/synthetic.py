@@ -24,6 +24,7 @@ from eloftr_ops.data.homographies import (
     sample_homographies,
 )
 from eloftr_ops.data.photometric import PhotometricConfig, photometric_change
+from eloftr_ops.geometry._precision import check_has_float64
 
 _PLACES = 6  # positions drawn for a pair of views
 _CELLS = 16  # side of a texture's map of activity
@@ -92,7 +93,7 @@ class HomographyPairs:
         weights: relative frequency of each texture; equal if left out.
 
     Raises:
-        ValueError: no texture, a texture with another shape, or weights of another length.
+        ValueError: no texture, a texture with another shape, weights of another length, or a device without float64.
         TypeError: a texture that is not uint8.
     """
 
@@ -111,6 +112,7 @@ class HomographyPairs:
         if len(weights) != len(self._pyramids):
             raise ValueError(f"weights must have one value per texture, got {len(weights)}")
         device = self._pyramids[0][0].device
+        check_has_float64("textures", device)
         sizes = [(levels[0].shape[1], levels[0].shape[0]) for levels in self._pyramids]
         self._weights = torch.tensor(weights, dtype=torch.float64, device=device)
         self._sizes_wh = torch.tensor(sizes, dtype=torch.float64, device=device)

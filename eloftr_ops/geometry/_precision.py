@@ -7,6 +7,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from eloftr_ops.errors import ArgumentError
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -30,6 +32,19 @@ def has_float64(device: torch.device) -> bool:
     except (TypeError, RuntimeError):  # NotImplementedError is a RuntimeError
         return False
     return True
+
+
+def check_has_float64(argument: str, device: torch.device) -> None:
+    """Refuse a device for what is drawn and rendered in float64 on the device itself.
+
+    Raises:
+        ArgumentError: the device has no float64.
+    """
+    if not has_float64(device):
+        raise ArgumentError(
+            argument,
+            f"expected a device that has float64, got {device}. Draw and render on the CPU, and move the result.",
+        )
 
 
 def work_device(device: torch.device) -> torch.device:

@@ -15,6 +15,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from eloftr_ops.geometry._precision import has_float64
 from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.training.batches import TrainingBatch
 from eloftr_ops.training.config import TrainingConfig
@@ -134,7 +135,9 @@ class Trainer:
         fine = self.step >= self.config.loss.fine_from
         batches = [None if part is None else self.fabric.to_device(part) for part in parts]
         labels, counts = self._label(batches, fine)
-        sums = torch.zeros(len(TERMS) + 1, device=self.fabric.device, dtype=torch.float64)
+        device = self.fabric.device
+        dtype = torch.float64 if has_float64(device) else torch.float32
+        sums = torch.zeros(len(TERMS) + 1, device=device, dtype=dtype)
         for number, (batch, own) in enumerate(zip(batches, labels, strict=True), 1):
             with self.fabric.no_backward_sync(self._module, enabled=number < len(batches)):
                 loss, part_sums = self._module(Part(batch, own, counts))

@@ -54,10 +54,13 @@ def validate(matcher: EfficientLoFTR, batches: Iterable[TrainingBatch]) -> Valid
             matches = Matches(**matcher(data, mode="hard"))
             pairs += len(batch.kinds)
             total += len(matches.confidence)
-            H = batch.H_0to1.to(device, torch.float64)[matches.batch_indexes]
+            keypoints0, keypoints1, index = (
+                x.cpu() for x in (matches.keypoints0, matches.keypoints1, matches.batch_indexes)
+            )
+            H = batch.H_0to1.cpu().double()[index]
             if len(H):
-                truth = transform_points(H, matches.keypoints0.double()[:, None])[:, 0]
-                error = (truth - matches.keypoints1).norm(dim=-1)
+                truth = transform_points(H, keypoints0.double()[:, None])[:, 0]
+                error = (truth - keypoints1).norm(dim=-1)
                 right_1px += int((error <= 1).sum())
                 right_3px += int((error <= 3).sum())
     pairs = max(pairs, 1)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stand-in for a device without float64, such as Apple's `mps`: there, any float64 tensor is an error."""
 
+import contextlib
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -26,6 +29,10 @@ class OnDevice(Tensor):
         wrapper.data_on_cpu = data
         return wrapper  # type: ignore[no-any-return]
 
+    def tolist(self) -> Any:
+        """Return the values, which torch refuses to subclasses."""
+        return self.data_on_cpu.tolist()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -34,8 +41,38 @@ class OnDevice(Tensor):
 class NoFloat64Device(TorchDispatchMode):
     """Within it, tensors made on or moved to `STAND_IN` hold values and refuse float64."""
 
+    def __enter__(self) -> "NoFloat64Device":
+        self._others = contextlib.ExitStack()
+        self._others.enter_context(_FromNumbers())
+        for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):
+            self._others.enter_context(mock.patch.object(torch, name, _of_cpu(getattr(torch, name))))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._others.close()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
+
+
+class _FromNumbers(TorchFunctionMode):
+    """`torch.tensor` and `new_tensor` on the stand-in device: torch would make them without values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.new_tensor and isinstance(args[0], OnDevice):
+            kwargs = {"dtype": args[0].dtype, "device": STAND_IN, **kwargs}
+            func, args = torch.tensor, args[1:]
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu") == STAND_IN:
+            return on_device(torch.tensor(*args, **{**kwargs, "device": "cpu"}))
+        return func(*args, **kwargs)
+
+
+def _of_cpu(function: Any) -> Any:
+    """Torch knows no autocast of the stand-in, whose arithmetic the CPU does."""
+    return lambda kind, *rest, **options: function("cpu" if kind == STAND_IN.type else kind, *rest, **options)
 
 
 def on_device(data: Tensor) -> Tensor:
