@@ -413,6 +413,11 @@ def test_bundled_pair_is_small_and_explained() -> None:
 
 
 def test_the_package_imports_without_the_tools_of_the_command_line() -> None:
-    code = "import sys, eloftr_ops; print(*{'typer', 'matplotlib', 'cv2'} & set(sys.modules))"
+    """And the command line imports without what a single command needs."""
+    code = (
+        "import sys, eloftr_ops; print(*{'typer', 'matplotlib', 'cv2'} & set(sys.modules));"
+        "import eloftr_ops.cli; needed = ('eloftr_ops.evaluation', 'eloftr_ops.data', 'cv2');"
+        "print(*[name for name in sys.modules if name.startswith(needed)])"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""

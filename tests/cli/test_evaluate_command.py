@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -214,15 +212,6 @@ def test_a_file_without_pairs_is_refused(run: Callable[..., Result]) -> None:
     write_pairs()
     result = run(*JSON)
     assert (result.exit_code, "names no pair" in result.stderr) == (2, True)
-
-
-def test_the_other_commands_do_not_load_what_only_evaluation_needs() -> None:
-    code = (
-        "import sys, eloftr_ops.cli;"
-        "print(*[name for name in sys.modules if name.startswith(('eloftr_ops.evaluation', 'eloftr_ops.data', 'cv2'))])"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == ""
 
 
 def test_help_at_80_columns_names_every_option_whole(monkeypatch: pytest.MonkeyPatch) -> None:

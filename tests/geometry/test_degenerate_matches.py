@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Degenerate and random problems: finite values and gradients in float32, flags where the problem is ill-posed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -94,31 +94,44 @@ def _ill_posed_epipolar() -> dict[str, tuple[Tensor, Tensor]]:
     return cases
 
 
-def _assert_flagged(estimate: Any, inputs: list[Tensor]) -> None:
+def _assert_flagged(estimate: Any, inputs: list[Tensor], names: Sequence[str] = ("",)) -> None:
     model = estimate[0]
-    assert not bool(estimate.valid[0])
     gradients = finite_gradients(model, inputs) if model.requires_grad else []
     assert not any(bool(g.any()) for g in gradients)
-    assert bool(torch.isfinite(model).all())
     identity = torch.eye(model.shape[-1], dtype=model.dtype)
-    assert torch.equal(model[0], identity) or not bool(model[0].any())
+    for name, valid, matrix in zip(names, estimate.valid.tolist(), model, strict=True):
+        assert not valid, name
+        assert bool(torch.isfinite(matrix).all()), name
+        assert torch.equal(matrix, identity) or not bool(matrix.any()), name
+
+
+def _assert_all_flagged(
+    estimator: Estimator, cases: dict[str, tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> None:
+    """All cases are pairs of one batch."""
+    index = torch.cat([torch.full((len(x0),), pair) for pair, (x0, _) in enumerate(cases.values())])
+    x0, x1 = (torch.cat(side).to(dtype).requires_grad_() for side in zip(*cases.values(), strict=True))
+    _assert_flagged(estimator(x0, x1, index, len(cases)), [x0, x1], list(cases))
 
 
 @DTYPES
-@pytest.mark.parametrize("name", _ill_posed_for_all())
-def test_ill_posed_homographies_are_flagged_with_zero_gradient(name: str, dtype: torch.dtype) -> None:
-    x0, x1 = (x.to(dtype).requires_grad_() for x in _ill_posed_for_all()[name])
-    for estimator in HOMOGRAPHIES.values():
-        _assert_flagged(estimator(x0, x1, torch.zeros(x0.shape[0], dtype=torch.long), 1), [x0, x1])
+@pytest.mark.parametrize("kind", HOMOGRAPHIES)
+def test_ill_posed_homographies_are_flagged_with_zero_gradient(kind: str, dtype: torch.dtype) -> None:
+    _assert_all_flagged(HOMOGRAPHIES[kind], _ill_posed_for_all(), dtype)
 
 
 @DTYPES
-@pytest.mark.parametrize("name", _ill_posed_epipolar())
-def test_ill_posed_epipolar_geometries_are_flagged_with_zero_gradient(name: str, dtype: torch.dtype) -> None:
-    x0, x1 = (x.to(dtype).requires_grad_() for x in _ill_posed_epipolar()[name])
-    for kind, estimator in EPIPOLAR.items():
-        if "robust" not in kind or dtype == torch.float32:
-            _assert_flagged(estimator(x0, x1, torch.zeros(x0.shape[0], dtype=torch.long), 1), [x0, x1])
+@pytest.mark.parametrize("kind", EPIPOLAR)
+def test_ill_posed_epipolar_geometries_are_flagged_with_zero_gradient(kind: str, dtype: torch.dtype) -> None:
+    _assert_all_flagged(EPIPOLAR[kind], _ill_posed_epipolar(), dtype)
+
+
+@pytest.mark.parametrize("kind", ["refined", "pose refined"])
+def test_ill_posed_pairs_are_flagged_alone_too(kind: str) -> None:
+    estimator = {**HOMOGRAPHIES, **EPIPOLAR}[kind]
+    for name, matches in _ill_posed_for_all().items():
+        x0, x1 = (x.float().requires_grad_() for x in matches)
+        _assert_flagged(estimator(x0, x1, torch.zeros(len(x0), dtype=torch.long), 1), [x0, x1], [name])
 
 
 @pytest.mark.parametrize("weights", ["zero", "all but three", "vanishing"])

@@ -16,25 +16,24 @@ from eloftr_ops.inference.cpu import allocator
 def resident():
     return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmRSS")) / 1024
 
-{call}
-before = resident()
-torch.ones({megabytes} << 18)
-print(resident() - before)
+def growth(megabytes):
+    before = resident()
+    torch.ones(megabytes << 18)
+    print((resident() - before) / megabytes)
+
+growth(200)
+allocator.keep_small_blocks()
+growth(24)
+growth(200)
+assert allocator.keep_all_memory()
+growth(200)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory as they see fit")
-@pytest.mark.parametrize(
-    ("call", "megabytes", "kept"),
-    [
-        ("", 200, False),
-        ("allocator.keep_small_blocks()", 24, True),
-        ("allocator.keep_small_blocks()", 200, False),
-        ("assert allocator.keep_all_memory()", 200, True),
-    ],
-)
-def test_freed_memory_stays(call: str, megabytes: int, kept: bool) -> None:
-    script = _SCRIPT.format(call=call, megabytes=megabytes)
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    growth = float(done.stdout)
-    assert growth > 0.9 * megabytes if kept else growth < 0.3 * megabytes
+def test_freed_memory_stays_where_it_was_asked_for() -> None:
+    done = subprocess.run([sys.executable, "-c", _SCRIPT], check=True, capture_output=True, text=True)
+    by_default, small, large, everything = map(float, done.stdout.split())
+    assert max(by_default, large) < 0.3
+    assert small > 0.9
+    assert everything > 0.8  # 24 MB of the 200 are there already

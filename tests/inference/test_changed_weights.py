@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eloftr_ops.inference.cpu.winograd import LEAST_CHANNELS, WinogradConv3x3
-from support.models import random_images, tiny_model
+from support.models import SHALLOW, random_images, tiny_model
 
 
 def convolution(seed: int) -> torch.nn.Conv2d:
@@ -47,13 +47,13 @@ def test_winograd_s_weights_follow_the_convolution_s(change) -> None:
 def test_the_copy_of_a_compiled_matcher_uses_its_own_weights() -> None:
     image0, image1 = random_images(2, 64, 64).split(1)
     data = {"image0": image0, "image1": image1}
-    compiled = tiny_model(threshold=0.0).optimize_for_inference(compile="eager")
+    compiled = tiny_model(**SHALLOW).optimize_for_inference(compile="eager")
     before = compiled(data)
     copied = copy.deepcopy(compiled)
     for name, parameter in copied.named_parameters():
         if "transformer" in name or "pyramid" in name:
             parameter.mul_(0.5)
-    plain = tiny_model(threshold=0.0).optimize_for_inference()
+    plain = tiny_model(**SHALLOW).optimize_for_inference()
     plain.load_state_dict(copied.state_dict())
     expected, got = plain(data), copied(data)
     assert all(torch.equal(got[name], value) for name, value in expected.items())

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eloftr_ops import EfficientLoFTR
-from support.models import coarse_stage, random_images, tiny_model
+from support.models import SHALLOW, coarse_stage, random_images, tiny_model
 
 OUTPUTS = {"keypoints0", "keypoints1", "confidence", "batch_indexes"}
 
@@ -263,7 +263,7 @@ def test_copies_pickles_and_state_dicts_match_alike(model: EfficientLoFTR) -> No
 
 @pytest.mark.parametrize("size", [(64, 96), (70, 90)])
 def test_everything_before_selection_compiles_as_one_graph(size: tuple[int, int]) -> None:
-    model = tiny_model()
+    model = tiny_model(**SHALLOW)
     data = _pair(1, size)
 
     def dense(image0: torch.Tensor, image1: torch.Tensor) -> tuple[torch.Tensor, ...]:

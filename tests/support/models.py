@@ -2,7 +2,7 @@
 """Small models and images that tests share."""
 
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,6 +20,10 @@ TINY = EfficientLoFTRConfig(
     threshold=0.0,
     centred_subpixel=True,
 )
+
+
+# For what `torch.compile` traces: its time grows with the number of layers, and all have the same code.
+SHALLOW: dict[str, Any] = {"stage_blocks": (1, 1, 1, 1), "num_layers": 1}
 
 
 def tiny_model(seed: int = 0, **changes: object) -> EfficientLoFTR:

@@ -92,14 +92,16 @@ def spy(module: ModuleType, *names: str) -> Iterator[dict[str, int]]:
         yield calls
 
 
-def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
-    """Gradients of ``function(*inputs)`` to every floating-point input for a random cotangent."""
+def value_and_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], seed: int = 0
+) -> tuple[Tensor, list[Tensor]]:
+    """``function(*inputs)``, and its gradients to every floating-point input for a random cotangent."""
     leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
     out = function(*leaves)
     generator = torch.Generator().manual_seed(seed)
     cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
     wanted = [t for t in leaves if t.requires_grad]
-    return list(torch.autograd.grad(out, wanted, cotangent))
+    return out.detach(), list(torch.autograd.grad(out, wanted, cotangent))
 
 
 def checked_gradcheck(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
@@ -107,7 +109,7 @@ def checked_gradcheck(function: Callable[..., Tensor], inputs: Sequence[Tensor])
     leaves = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs]
     out = function(*leaves)
     assert out.requires_grad, "the output needs no gradient: there is nothing to check"
-    for index, gradient in enumerate(gradients(function, leaves)):
+    for index, gradient in enumerate(value_and_gradients(function, leaves)[1]):
         assert gradient.abs().max() > 0, f"the gradient to floating-point input {index} is zero"
     assert torch.autograd.gradcheck(function, tuple(leaves), fast_mode=True)
 

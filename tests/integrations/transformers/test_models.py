@@ -12,6 +12,7 @@ import eloftr_ops.integrations.transformers as interface
 from eloftr_kernels import AttentionWeights, aggregated_attention
 from eloftr_ops.integrations.transformers.features import layer_weights
 from support.golden import golden_model, image, reference
+from support.models import SHALLOW
 
 
 def on_pixels(output, pixel_values):
@@ -259,9 +260,9 @@ def test_a_copy_has_weights_of_its_own(model):
     assert next(copied.parameters()) is next(copied.matcher.parameters())
 
 
-@pytest.mark.slow  # tracing takes most of a minute
 @torch.no_grad()
-def test_torch_compile_gives_the_same_matches(model):
+def test_torch_compile_gives_the_same_matches():
+    model = tiny_interface(**SHALLOW)
     pixel_values = pairs(1)
     compiled = torch.compile(model, backend="eager")
     assert_same_matches(compiled(pixel_values), pixel_values, model.matcher(operator_input(pixel_values)))
