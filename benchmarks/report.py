@@ -35,6 +35,7 @@ kernels|launch|matcher|cpu --json` makes these records.
 
 How to read it:
 
+- A record holds for the commit, the date and the versions above its tables. Later changes of the code are not in it.
 - Every contender is first compared with a reference, as stated for each table. If it does not agree, it is *refused*,
   and not timed. For an op, three things are compared with float64: the error of the whole output, the error of its
   worst row, and the number of elements that are far off. Masks and uneven sizes are cases of their own.
