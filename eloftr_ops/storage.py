@@ -87,7 +87,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         OSError: the folder cannot be made or written.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder: expected a folder or a path where none is yet, got the file {folder}.")
+        raise ValueError(f"folder: expected a folder, or a path that does not exist, got the file {folder}.")
     folder = Path(os.path.realpath(folder))
     made = _make_folders(folder)
     try:

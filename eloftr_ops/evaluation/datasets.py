@@ -71,7 +71,7 @@ def open_pairs(
         what = "scene_info file or a folder of them" if dataset == "megadepth" else "JSON file of pairs"
         raise ValueError(f"index: expected the {what}, got none.")
     if index is not None and dataset == "hpatches":
-        raise ValueError(f"index: expected none for hpatches, whose folders say it all, got {index}.")
+        raise ValueError(f"index: expected none for hpatches, got {index}. Its folders name all pairs.")
     protocol = DATASETS[dataset]
     size = protocol.resize if resize is None else resize or None
     options = PairOptions(resize=size, shorter_side=protocol.shorter_side, min_overlap=None)

@@ -195,8 +195,8 @@ def resolve_steps(refine_steps: int | None, robust: str | None, has_initial: boo
         raise ValueError(f"refine_steps: expected >= 0, got {refine_steps}")
     if refine_steps == 0 and robust is not None:
         raise ValueError(
-            f"refine_steps: expected >= 1 with robust={robust!r}, got 0; the gradient is that of the robust "
-            "minimum, which the refinement finds"
+            f"refine_steps: expected >= 1 with robust={robust!r}, got 0; the gradient belongs to the "
+            "minimum of the robust cost, and only the refinement finds it"
         )
     if refine_steps == 0 and has_initial:
         raise ValueError(

@@ -256,7 +256,7 @@ def check_initial_pose(initial: Tensor, batch_size: int) -> None:
         row = int(still.nonzero()[0, 0])
         raise ValueError(
             f"initial_0to1: expected a translation, got zero in batch element {row}; "
-            "any direction will do as a start"
+            "any direction can serve as the start"
         )
 
 

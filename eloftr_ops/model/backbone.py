@@ -133,7 +133,7 @@ class RepVGG(nn.Module):
 def fold_batch_norm(weight: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that equals ``bn(conv(x, weight))`` in evaluation mode."""
     if bn.running_mean is None or bn.running_var is None:
-        raise ValueError("bn: expected running statistics to fold, got a BatchNorm2d without them.")
+        raise ValueError("bn: expected a BatchNorm2d with running statistics, got one without them.")
     scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
     return weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale
 

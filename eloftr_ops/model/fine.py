@@ -91,7 +91,7 @@ def keypoints_from_windows(
     if mode == "hard":
         return hard0, hard1
     if windows.expected0 is None or windows.expected1 is None:
-        raise ValueError(f"windows: expected expectations for mode {mode!r}, got none.")
+        raise ValueError(f"windows: expected the fields expected0 and expected1 for mode {mode!r}, got None.")
     offset0 = expected_cell_offset(selected, coarse, 0, config)
     offset1 = expected_cell_offset(selected, coarse, 1, config)
     soft0 = cell0 + offset0 + windows.expected0

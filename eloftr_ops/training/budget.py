@@ -21,7 +21,7 @@ def parse_duration(text: str) -> float:
         raise ValueError(f"budget: expected a time such as 90s, 25m or 1h30m, got {text!r}.")
     seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
     if seconds <= 0:
-        raise ValueError(f"budget: expected more than no time, got {text!r}.")
+        raise ValueError(f"budget: expected a time above zero, got {text!r}.")
     return seconds
 
 

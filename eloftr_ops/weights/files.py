@@ -137,7 +137,7 @@ def _check_uncompressed(path: Path) -> None:
         name = packed[0] if packed else "the whole"
         raise ValueError(
             f"{path}: refused: expected records that are stored as they are, as torch.save writes them, got {name} "
-            "compressed. Unpacked it could fill the memory. Fetch the file again from its authors."
+            "compressed. Unpacking it could fill the memory. Fetch the file again from its authors."
         )
 
 

@@ -124,7 +124,7 @@ def _blueprint(tensors: Mapping[str, Tensor], config: EfficientLoFTRConfig, sour
         if asked > found:
             raise ValueError(
                 f"{source}: {name}: the configuration asks for {getattr(config, name)}, "
-                f"which the weights ({len(tensors)} tensors, largest side {largest}) cannot fill."
+                f"which is more than the weights have ({len(tensors)} tensors, largest side {largest})."
             )
     with torch.device("meta"):
         return EfficientLoFTR(config, fused=any(".fused." in name for name in tensors))
