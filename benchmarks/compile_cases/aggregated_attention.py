@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Aggregated attention on the coarse maps of 640x480 images, with masks and rotary encoding."""
+"""Aggregated attention on the coarse maps of 640x480 images, with masks and rotary encoding.
+
+``mixed`` has float32 maps, and weights of the dtype.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from eloftr_kernels import AttentionWeights
 from eloftr_kernels.aggregated_attention import launch as launches
 
-SHAPES = {"full": (256, 8), "small": (96, 6)}  # channels, heads
+SHAPES = {"full": (256, 8), "small": (96, 6), "mixed": (256, 8)}  # channels, heads
 HEIGHT, WIDTH = 60, 80
 
 
@@ -20,6 +23,7 @@ def launch(shape: str, dtype: torch.dtype) -> None:
         return torch.empty(size, dtype=dtype, device="meta")
 
     x = empty(2, channels, HEIGHT, WIDTH).to(memory_format=torch.channels_last)
+    x = x.float() if shape == "mixed" else x
     source = x.clone()
     square = {name: empty(channels, channels) for name in ("q", "k", "v", "merge")}
     weights = AttentionWeights(

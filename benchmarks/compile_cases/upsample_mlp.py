@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The message's upsampling and MLP on the coarse maps of 640x480 images, with a mask."""
+"""The message's upsampling and MLP on the coarse maps of 640x480 images, with a mask.
+
+``mixed`` has a float32 map, and weights of the dtype.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from eloftr_kernels import MlpWeights
 from eloftr_kernels.upsample_mlp import launch as launches
 
-SHAPES = {"full": 256, "small": 96}  # channels
+SHAPES = {"full": 256, "small": 96, "mixed": 256}  # channels
 HEIGHT, WIDTH = 60, 80
 
 
@@ -20,6 +23,7 @@ def launch(shape: str, dtype: torch.dtype) -> None:
         return torch.empty(size, dtype=dtype, device="meta")
 
     x = empty(2, channels, HEIGHT, WIDTH).to(memory_format=torch.channels_last)
+    x = x.float() if shape == "mixed" else x
     message = empty(2, channels, HEIGHT // 4, WIDTH // 4).to(memory_format=torch.channels_last)
     weights = MlpWeights(
         expand=empty(2 * channels, 2 * channels),

@@ -119,7 +119,9 @@ class RepVGG(nn.Module):
         """The first two stages: (B, 1, H, W) -> (B, C1, H / 2, W / 2)."""
         # A one-channel image counts as channels-last too: state its layout instead of leaving it to strides.
         x = image.contiguous(memory_format=torch.contiguous_format)
-        x = self.stages[0](x).contiguous(memory_format=torch.channels_last)
+        # A gray value needs the bits that bfloat16 lacks: the one layer that reads them keeps them under autocast too.
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.stages[0](x).contiguous(memory_format=torch.channels_last)
         return self.stages[1](x)  # type: ignore[no-any-return]
 
     def fuse_(self) -> None:

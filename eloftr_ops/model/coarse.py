@@ -26,6 +26,7 @@ def score_cells(
     mask0: Tensor | None,
     mask1: Tensor | None,
     config: EfficientLoFTRConfig,
+    product_dtype: torch.dtype | None = None,
 ) -> CoarseOutput:
     """Score all pairs of cells by dual softmax, in O(B (L + S) C) memory (section 3.3); ``nearest`` is None.
 
@@ -35,8 +36,9 @@ def score_cells(
         mask0: (B, h0, w0) bool.
         mask1: (B, h1, w1) bool.
         config: score kind and temperature.
+        product_dtype: as for ``eloftr_kernels.dual_softmax_lse``.
     """
-    cells = _cells(coarse0, coarse1, mask0, mask1, config)
+    cells = _cells(coarse0, coarse1, mask0, mask1, config, product_dtype)
     normalisers = dual_softmax_lse(**cells) if config.score == "dual_softmax" else (None, None)
     scores = CoarseScores(cells["features0"], cells["features1"], *normalisers)
     return CoarseOutput(coarse0, coarse1, mask0, mask1, scores, None)
@@ -48,12 +50,13 @@ def match_cells(
     mask0: Tensor | None,
     mask1: Tensor | None,
     config: EfficientLoFTRConfig,
+    product_dtype: torch.dtype | None = None,
 ) -> CoarseOutput:
     """As :func:`score_cells`, with the nearest cell of every cell that has one above ``config.threshold``.
 
     The nearest cells have no gradient.
     """
-    cells = _cells(coarse0, coarse1, mask0, mask1, config)
+    cells = _cells(coarse0, coarse1, mask0, mask1, config, product_dtype)
     features = cells["features0"], cells["features1"]
     if config.score == "similarity":
         scores, nearest = CoarseScores(*features, None, None), NearestCells(*mutual_best(**cells))
@@ -197,6 +200,7 @@ def _cells(
     mask0: Tensor | None,
     mask1: Tensor | None,
     config: EfficientLoFTRConfig,
+    product_dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """The arguments that all ops on pairs of cells share."""
     features0, features1 = (x.flatten(2).mT / math.sqrt(config.coarse_channels) for x in (coarse0, coarse1))
@@ -207,4 +211,5 @@ def _cells(
         "temperature": config.temperature,
         "mask0": masks[0],
         "mask1": masks[1],
+        "product_dtype": product_dtype,
     }

@@ -42,7 +42,8 @@ class FeaturePyramid(nn.Module):
     @stage
     def to_quarter(self, coarse: Tensor, quarter: Tensor) -> Tensor:
         """(B, C, h, w), (B, C2, 2h, 2w) -> (B, C2, 2h, 2w)."""
-        x = _upsample(self.coarse_projection(coarse * self.scale)).add_(self.quarter_projection(quarter))
+        coarse = (coarse * self.scale).to(quarter.dtype)
+        x = _upsample(self.coarse_projection(coarse)).add_(self.quarter_projection(quarter))
         return self.quarter_fusion(x)  # type: ignore[no-any-return]
 
     @stage

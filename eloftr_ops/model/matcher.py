@@ -149,7 +149,7 @@ class EfficientLoFTR(LoFTR):
         # 2. Transformer (3.2): aggregated self- and cross-attention on the coarse maps.
         coarse0, coarse1 = self.transform(features0, features1)
         # 3. Dual softmax (3.3): normalisers of the scores, and the nearest cell of each cell.
-        coarse = match_cells(coarse0, coarse1, features0.coarse_mask, features1.coarse_mask, self.config)
+        coarse = self.match_coarse(features0, features1, coarse0, coarse1)
         # 4. Selection (3.3): mutual nearest cells above the threshold. Indices have no gradient.
         selected = select_matches(coarse, self.config)
         # 5. Fine matching (3.4): a pixel in the window of each cell, then its sub-pixel offset.
@@ -220,7 +220,7 @@ class EfficientLoFTR(LoFTR):
         """B * K rows, those of a pair together, and which are matches, (B, K) bool; see ``coarse.select_fixed``."""
         features0, features1 = self.extract_pair(pair)
         coarse0, coarse1 = self.transform(features0, features1)
-        coarse = match_cells(coarse0, coarse1, features0.coarse_mask, features1.coarse_mask, self.config)
+        coarse = self.match_coarse(features0, features1, coarse0, coarse1)
         selected, valid = select_fixed(coarse, self.config, max_matches)
         matches = self.keypoints_of(features0, features1, coarse, selected, mode)
         return matches, valid & on_image(matches, features0, features1).view_as(valid)
@@ -342,6 +342,15 @@ class EfficientLoFTR(LoFTR):
         return self.transformer(  # type: ignore[no-any-return]
             features0.coarse, features1.coarse, features0.coarse_mask, features1.coarse_mask
         )
+
+    def match_coarse(
+        self, features0: Features, features1: Features, coarse0: Tensor, coarse1: Tensor
+    ) -> CoarseOutput:
+        """Step 3. Scores and nearest cells; products of a half-precision model are of its dtype."""
+        dtype = next(self.transformer.parameters()).dtype
+        masks = features0.coarse_mask, features1.coarse_mask
+        product_dtype = None if dtype == torch.float64 else dtype
+        return match_cells(coarse0, coarse1, *masks, self.config, product_dtype)
 
     def refine(
         self,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from eloftr_kernels import AttentionWeights, MlpWeights, aggregated_attention, upsample_mlp
 from eloftr_kernels.aggregated_attention.naive import AGGREGATION as AGGREGATION
+from eloftr_kernels.arithmetic import upcast_for_accumulation
 from eloftr_ops.config import EfficientLoFTRConfig
 from eloftr_ops.model.stages import stage
 
@@ -126,7 +127,12 @@ class CoarseTransformer(nn.Module):
     def forward(
         self, x0: Tensor, x1: Tensor, mask0: Tensor | None = None, mask1: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(B, C, h0, w0), (B, C, h1, w1) -> the same shapes; masked cells are zero."""
+        """(B, C, h0, w0), (B, C, h1, w1) -> the same shapes; masked cells are zero.
+
+        The maps that the layers add to are float32 even where their products run in half precision: what all cells
+        have in common takes most of the few bits of such a number.
+        """
+        x0, x1 = upcast_for_accumulation(x0), upcast_for_accumulation(x1)
         rotary0, rotary1 = self._rotary(x0), self._rotary(x1)
         for layer in self.layers:
             x0, x1 = layer(x0, x1, rotary0, rotary1, mask0, mask1)

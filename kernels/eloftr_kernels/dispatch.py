@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 
 Backend = Literal["auto", "reference", "triton"]
 
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, *HALF_DTYPES)
 MAX_ELEMENTS = 2**31  # offsets inside the kernels are 32-bit
 MIN_HEAD_SIZE = 16  # the smallest inner dimension of a matrix instruction
 
@@ -121,12 +122,33 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which linear maps of ``x`` run: autocast's where that is on, else its own."""
+def compute_dtype(x: Tensor, weight: Tensor | None = None) -> torch.dtype:
+    """The dtype in which linear maps of ``x`` run: autocast's where that is on, else its own.
+
+    A float32 ``x`` may meet a ``weight`` of half precision: then it is the weight's.
+    """
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype in KERNEL_DTYPES:
         return torch.get_autocast_dtype(kind)
+    if weight is not None and x.dtype == torch.float32 and weight.dtype in HALF_DTYPES:
+        return weight.dtype
     return x.dtype
+
+
+def reference_context(x: Tensor, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """In which PyTorch's operations run linear maps of ``x`` in ``dtype``: autocast where that is not its own."""
+    kind = x.device.type
+    if x.dtype == dtype or torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, dtype)
+
+
+def rounds_below(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products of ``x`` in ``dtype`` keep fewer bits of it than it has: then its common part goes first."""
+    if x.dtype != torch.float32 or dtype in HALF_DTYPES:
+        return x.dtype == torch.float32
+    # A traced graph cannot hold what the process chose for its products.
+    return not torch.compiler.is_compiling() and dot_precision(dtype) == "tf32"
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -33,13 +33,14 @@ def aggregated_attention(
     r"""Message from ``source`` to ``x`` at a quarter of its resolution (EfficientLoFTR, section 3.2).
 
     :mod:`eloftr_kernels.aggregated_attention.naive` has the formula. The table of ``rotary`` (cosines, sines) belongs
-    to the tokens of ``x`` and of ``source`` alike. Under autocast the linear maps run in its dtype.
+    to the tokens of ``x`` and of ``source`` alike. Under autocast the linear maps run in its dtype. Maps in float32 may
+    meet weights of half precision, in which the linear maps then run.
 
     Gradient: to both maps and all weights; none to ``rotary`` from the kernels (``why_not`` says so when it is asked
     for). At equal maxima the first cell of the block, in row-major order, receives it. Masked cells get zeros.
 
     Returns:
-        (B, C, ceil(H/4), ceil(W/4)), channels last in memory, dtype of ``x`` or of autocast, where it is on.
+        (B, C, ceil(H/4), ceil(W/4)), channels last in memory, in the dtype of the linear maps.
 
     Raises:
         ValueError: shapes or devices that do not fit.
@@ -49,14 +50,25 @@ def aggregated_attention(
     options = {"num_heads": num_heads, "rotary": rotary, "mask": mask, "source_mask": source_mask}
     dtype = _check(x, source, weights, **options)  # type: ignore[arg-type]
     if torch.compiler.is_exporting():
-        return naive.aggregated_attention(x, source, weights, **options)  # type: ignore[arg-type]
+        with dispatch.reference_context(x, dtype):
+            return naive.aggregated_attention(x, source, _vectors_as(x, weights), **options)  # type: ignore[arg-type]
     if not dispatch.use_triton(OP, why_not(x, source, num_heads, rotary, mask, source_mask)):
-        return cpu.aggregated_attention(x, source, weights, **options)  # type: ignore[arg-type]
+        with dispatch.reference_context(x, dtype):
+            return cpu.aggregated_attention(x, source, _vectors_as(x, weights), **options)  # type: ignore[arg-type]
     projections = {name: getattr(weights, name).to(dtype) for name in ("q", "k", "v", "merge")}
     parts = list(weights._replace(**projections))
     message: Tensor = _forward(x, source, parts, num_heads, rotary, mask, source_mask)[0]
     rows, columns = (-(-size // AGGREGATION) for size in x.shape[2:])
     return message.reshape(x.shape[0], rows, columns, x.shape[1]).permute(0, 3, 1, 2)
+
+
+def _vectors_as(x: Tensor, weights: AttentionWeights) -> AttentionWeights:
+    """What meets a float32 map outside the linear maps, in float32."""
+    if x.dtype != torch.float32 or weights.norm.dtype == torch.float32:
+        return weights
+    return weights._replace(
+        aggregate=weights.aggregate.float(), norm=weights.norm.float(), norm_bias=weights.norm_bias.float()
+    )
 
 
 def why_not(
@@ -120,10 +132,11 @@ def _check(
         dispatch.check_shape("rotary", rotary, (2, tokens[0], channels // 2), "(2, tokens, C / 2)")
     dispatch.check_devices({"x": x, "source": source, **named, "rotary": rotary, "mask": mask,
                             "source_mask": source_mask})  # fmt: skip
-    dtype = dispatch.compute_dtype(x)
+    dtype = dispatch.compute_dtype(x, weights.q)
     if not torch.is_autocast_enabled(x.device.type):
-        for name, t in {"source": source, **named}.items():
-            dispatch.check_dtype(name, t, x.dtype, "convert it to the dtype of x, or use autocast")
+        dispatch.check_dtype("source", source, x.dtype, "convert it to the dtype of x, or use autocast")
+        for name, t in named.items():
+            dispatch.check_dtype(name, t, dtype, "convert it to the dtype of the others, or use autocast")
     return dtype
 
 

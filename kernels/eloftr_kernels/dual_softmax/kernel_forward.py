@@ -49,6 +49,8 @@ def _scores(
     C,
     own_valid,
     other_valid,
+    own_shift,  # (rows,) and (columns,): what the parts taken out of the features add to the products; or None
+    other_shift,
     scale,
     BLOCK_C: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -66,6 +68,8 @@ def _scores(
             x = _load_features(own_ptr, rows, L, c, C, stride_own_l, stride_own_c, BLOCK_C).to(DOT)
             y = _load_features(other_ptr, columns, S, c, C, stride_other_s, stride_other_c, BLOCK_C).to(DOT)
             scores = tl.dot(x, tl.trans(y), scores, input_precision=PRECISION)
+    if own_shift is not None:
+        scores = scores + own_shift[:, None] + other_shift[None, :]
     return tl.where(own_valid[:, None] & other_valid[None, :], scores * scale, -1e9), other
 
 
@@ -79,11 +83,92 @@ def _load_valid(mask_ptr, index, size, stride_n):
 
 
 @triton.jit
+def _load_shift(shift_ptr, index, size):
+    """Of the rows ``index``; None where nothing was taken out of the features."""
+    return None if shift_ptr is None else tl.load(shift_ptr + index, mask=index < size, other=0.0)
+
+
+@triton.jit
+def _common_part(x_ptr, mask_ptr, size, C, stride_n, stride_c, stride_mask_n, BLOCK_C: tl.constexpr):
+    """(BLOCK_C,) mean of 64 valid rows, spread over all of them."""
+    rows = (tl.arange(0, 64).to(tl.int64) * size // 64).to(tl.int32)
+    valid = _load_valid(mask_ptr, rows, size, stride_mask_n)
+    x = _load_features(x_ptr, rows, size, 0, C, stride_n, stride_c, BLOCK_C).to(tl.float32)
+    # What lies under a mask is not read as a number: it may be none.
+    total = tl.sum(tl.where(valid[:, None], x, 0.0), 0)
+    return total / tl.maximum(tl.sum(valid.to(tl.float32), 0), 1.0)
+
+
+@triton.jit
+def _centre(
+    f0_ptr,  # (B, L, C)
+    f1_ptr,  # (B, S, C)
+    mask0_ptr,  # (B, L) or None
+    mask1_ptr,  # (B, S) or None
+    g0_ptr,  # (B, L, C) features without their common part, in the type of the products
+    g1_ptr,  # (B, S, C)
+    shift0_ptr,  # (B, L) float32
+    shift1_ptr,  # (B, S)
+    common_ptr,  # (2, B, C) float32
+    stride_f0_b,
+    stride_f0_l,
+    stride_f0_c,
+    stride_f1_b,
+    stride_f1_s,
+    stride_f1_c,
+    stride_mask0_b,
+    stride_mask0_l,
+    stride_mask1_b,
+    stride_mask1_s,
+    L,
+    S,
+    C,
+    tiles,  # of image 0
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """<f0_i, f1_j> = <g0_i, g1_j> + shift0_i + shift1_j; grid (tiles of both images, B).
+
+    g0 = f0 - m0, g1 = f1 - m1, shift0_i = <g0_i, m1>, shift1_j = <m0, f1_j>, for any m0 and m1.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    f0_ptr += b * stride_f0_b
+    f1_ptr += b * stride_f1_b
+    if mask0_ptr is not None:
+        mask0_ptr += b * stride_mask0_b
+    if mask1_ptr is not None:
+        mask1_ptr += b * stride_mask1_b
+    common0 = _common_part(f0_ptr, mask0_ptr, L, C, stride_f0_l, stride_f0_c, stride_mask0_l, BLOCK_C)
+    common1 = _common_part(f1_ptr, mask1_ptr, S, C, stride_f1_s, stride_f1_c, stride_mask1_s, BLOCK_C)
+    c = tl.arange(0, BLOCK_C)
+    tile = tl.program_id(0)
+    if tile < tiles:
+        rows = tile * BLOCK + tl.arange(0, BLOCK)
+        x = _load_features(f0_ptr, rows, L, 0, C, stride_f0_l, stride_f0_c, BLOCK_C).to(tl.float32)
+        x -= common0[None, :]
+        tl.store(shift0_ptr + b * L + rows, tl.sum(x * common1[None, :], 1), mask=rows < L)
+        at = (b * L + rows)[:, None] * C + c[None, :]
+        tl.store(g0_ptr + at, x.to(g0_ptr.dtype.element_ty), mask=(rows < L)[:, None] & (c < C)[None, :])
+        if tile == 0:
+            tl.store(common_ptr + b * C + c, common0, mask=c < C)
+            tl.store(common_ptr + (tl.num_programs(1) + b) * C + c, common1, mask=c < C)
+    else:
+        rows = (tile - tiles) * BLOCK + tl.arange(0, BLOCK)
+        x = _load_features(f1_ptr, rows, S, 0, C, stride_f1_s, stride_f1_c, BLOCK_C).to(tl.float32)
+        tl.store(shift1_ptr + b * S + rows, tl.sum(x * common0[None, :], 1), mask=rows < S)
+        at = (b * S + rows)[:, None] * C + c[None, :]
+        x -= common1[None, :]
+        tl.store(g1_ptr + at, x.to(g1_ptr.dtype.element_ty), mask=(rows < S)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
 def _dual_softmax_lse_fwd(
     f0_ptr,  # (B, L, C)
     f1_ptr,  # (B, S, C)
     mask0_ptr,  # (B, L) or None
     mask1_ptr,  # (B, S) or None
+    shift0_ptr,  # (B, L) of ``_centre``, or None
+    shift1_ptr,  # (B, S)
     row_ptr,  # (B, splits, L) log-sum-exp over one span of columns
     col_ptr,  # (B, tiles, S) log-sum-exp over one tile of rows
     stride_f0_b,
@@ -124,15 +209,20 @@ def _dual_softmax_lse_fwd(
     f0_ptr += b * stride_f0_b
     f0 = _load_features(f0_ptr, rows, L, 0, C, stride_f0_l, stride_f0_c, BLOCK_C).to(DOT)
     valid0 = _load_valid(mask0_ptr, rows, L, stride_mask0_l)
+    if shift0_ptr is not None:
+        shift0_ptr += b * L
+        shift1_ptr += b * S
+    shift0 = _load_shift(shift0_ptr, rows, L)
     row_max = tl.full((BLOCK_L,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_L,), tl.float32)
     for start in range(split * SPAN, tl.minimum(split * SPAN + SPAN, S), BLOCK_S):
         columns = start + tl.arange(0, BLOCK_S)
         valid1 = _load_valid(mask1_ptr, columns, S, stride_mask1_s)
+        shift1 = _load_shift(shift1_ptr, columns, S)
         scores, _ = _scores(
             f0_ptr, f0, rows, L, stride_f0_l, stride_f0_c,
             f1_ptr, columns, S, stride_f1_s, stride_f1_c,
-            C, valid0, valid1, scale, BLOCK_C, WHOLE, DOT, PRECISION,
+            C, valid0, valid1, shift0, shift1, scale, BLOCK_C, WHOLE, DOT, PRECISION,
         )  # fmt: skip
         along = tl.where((columns < S)[None, :], scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(along, 1))
@@ -171,6 +261,8 @@ def _mutual_best_fwd(
     f1_ptr,  # (B, S, C)
     mask0_ptr,
     mask1_ptr,
+    shift0_ptr,
+    shift1_ptr,
     row_lse_ptr,  # (B, L) or None: the raw score decides
     col_lse_ptr,  # (B, S) or None
     row_score_ptr,  # (B, splits, L) best over one span of columns
@@ -215,6 +307,10 @@ def _mutual_best_fwd(
     f0_ptr += b * stride_f0_b
     f0 = _load_features(f0_ptr, rows, L, 0, C, stride_f0_l, stride_f0_c, BLOCK_C).to(DOT)
     valid0 = _load_valid(mask0_ptr, rows, L, stride_mask0_l)
+    if shift0_ptr is not None:
+        shift0_ptr += b * L
+        shift1_ptr += b * S
+    shift0 = _load_shift(shift0_ptr, rows, L)
     if row_lse_ptr is not None:
         row_lse = tl.load(row_lse_ptr + b * L + rows, mask=rows < L, other=0.0)
     best = tl.full((BLOCK_L,), float("-inf"), tl.float32)
@@ -222,10 +318,11 @@ def _mutual_best_fwd(
     for start in range(split * SPAN, tl.minimum(split * SPAN + SPAN, S), BLOCK_S):
         columns = start + tl.arange(0, BLOCK_S)
         valid1 = _load_valid(mask1_ptr, columns, S, stride_mask1_s)
+        shift1 = _load_shift(shift1_ptr, columns, S)
         scores, _ = _scores(
             f0_ptr, f0, rows, L, stride_f0_l, stride_f0_c,
             f1_ptr, columns, S, stride_f1_s, stride_f1_c,
-            C, valid0, valid1, scale, BLOCK_C, WHOLE, DOT, PRECISION,
+            C, valid0, valid1, shift0, shift1, scale, BLOCK_C, WHOLE, DOT, PRECISION,
         )  # fmt: skip
         if row_lse_ptr is not None:
             col_lse = tl.load(col_lse_ptr + b * S + columns, mask=columns < S, other=0.0)

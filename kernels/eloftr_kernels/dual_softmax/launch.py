@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eloftr_kernels.dispatch import dot_precision
+from eloftr_kernels.dispatch import dot_precision, rounds_below
 from eloftr_kernels.dual_softmax import kernel_backward, kernel_forward
 from eloftr_kernels.kernel_common import blocks, dot_dtype, power_of_2
 
 ROWS_PER_LAUNCH = 1 << 15  # bounds the column workspace to S * ROWS_PER_LAUNCH / rows-of-a-tile elements
 SPAN = 512  # columns that one program of the forward walks over
 _REDUCE_BLOCK = 128
+_CENTRE_BLOCK = 32  # rows
 
 
 class Tiles(NamedTuple):
@@ -72,10 +73,41 @@ def backward_constants(tiles: Tiles, dtype: torch.dtype, channels: int) -> dict[
     return constants
 
 
+class Operand(NamedTuple):
+    """Features of one image as the kernels multiply them."""
+
+    features: Tensor  # (B, L, C)
+    shift: Tensor | None  # (B, L) float32: what the parts taken out add to the products
+    common: Tensor | None  # (B, C) float32: what was taken out
+
+
+def operands(
+    features0: Tensor, features1: Tensor, mask0: Tensor | None, mask1: Tensor | None, dtype: torch.dtype
+) -> tuple[Operand, Operand]:
+    """Where products in ``dtype`` round the features: without what those of an image have in common."""
+    if not rounds_below(features0, dtype):
+        return Operand(features0, None, None), Operand(features1, None, None)
+    (B, L, C), S = features0.shape, features1.shape[1]
+    g0, g1 = (features0.new_empty((B, n, C), dtype=dtype) for n in (L, S))
+    shift0, shift1 = (features0.new_empty((B, n)) for n in (L, S))
+    common = features0.new_empty((2, B, C))
+    kernel_forward._centre[(blocks(L, _CENTRE_BLOCK) + blocks(S, _CENTRE_BLOCK), B)](
+        features0, features1, mask0, mask1, g0, g1, shift0, shift1, common,
+        *_strides(features0, features1, mask0, mask1), L, S, C, blocks(L, _CENTRE_BLOCK),
+        BLOCK=_CENTRE_BLOCK, BLOCK_C=power_of_2(C), num_warps=8,
+    )  # fmt: skip
+    return Operand(g0, shift0, common[0]), Operand(g1, shift1, common[1])
+
+
 def dual_softmax_lse_forward(
-    features0: Tensor, features1: Tensor, temperature: float, mask0: Tensor | None, mask1: Tensor | None
+    features0: Tensor,
+    features1: Tensor,
+    temperature: float,
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the forward; arguments as in ``naive.dual_softmax_lse``."""
+    """Launch the forward, products in ``dtype``; other arguments as in ``naive.dual_softmax_lse``."""
     (B, L, C), S = features0.shape, features1.shape[1]
     row_lse, col_lse = (
         features0.new_empty((B, L), dtype=torch.float32),
@@ -83,16 +115,17 @@ def dual_softmax_lse_forward(
     )
     if 0 in (B, L, S):
         return row_lse.fill_(-torch.inf), col_lse.fill_(-torch.inf)
-    tiles = forward_tiles(features0.dtype, C, kernel_forward.large_shared_memory())
-    constants = forward_constants(tiles, features0.dtype, C)
+    own, other = operands(features0, features1, mask0, mask1, dtype)
+    tiles = forward_tiles(dtype, C, kernel_forward.large_shared_memory())
+    constants = forward_constants(tiles, dtype, C)
     splits = blocks(S, SPAN)
     row_parts = row_lse.new_empty((B, splits, L))
     for first_row in range(0, L, ROWS_PER_LAUNCH):
         row_tiles = blocks(min(ROWS_PER_LAUNCH, L - first_row), tiles.rows)
         col_parts = row_lse.new_empty((B, row_tiles, S))
         kernel_forward._dual_softmax_lse_fwd[(row_tiles * splits * B,)](
-            features0, features1, mask0, mask1, row_parts, col_parts,
-            *_strides(features0, features1, mask0, mask1),
+            own.features, other.features, mask0, mask1, own.shift, other.shift, row_parts, col_parts,
+            *_strides(own.features, other.features, mask0, mask1),
             L, S, C, first_row, row_tiles, splits, 1 / temperature,
             **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
@@ -115,26 +148,29 @@ def dual_softmax_lse_backward(
     temperature: float,
     mask0: Tensor | None,
     mask1: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both feature sets, (B, L, C) and (B, S, C); one launch per side."""
     if 0 in (*features0.shape, features1.shape[1]):
         return features0.new_zeros(features0.shape), features1.new_zeros(features1.shape)
-    tiles = backward_tiles(features0.dtype, features0.shape[2], kernel_forward.large_shared_memory())
-    constants = backward_constants(tiles, features0.dtype, features0.shape[2])
+    operand0, operand1 = operands(features0, features1, mask0, mask1, dtype)
+    tiles = backward_tiles(dtype, features0.shape[2], kernel_forward.large_shared_memory())
+    constants = backward_constants(tiles, dtype, features0.shape[2])
     channel_blocks = blocks(features0.shape[2], int(str(constants["BLOCK_OUT"])))
     grad_row, grad_col = grad_row.contiguous(), grad_col.contiguous()
     amax = torch.maximum(grad_row.abs().amax(1), grad_col.abs().amax(1))
-    side0 = (features0, mask0, row_lse.contiguous(), grad_row)
-    side1 = (features1, mask1, col_lse.contiguous(), grad_col)
+    side0 = (operand0, mask0, row_lse.contiguous(), grad_row)
+    side1 = (operand1, mask1, col_lse.contiguous(), grad_col)
     grads = []
     for own, other in ((side0, side1), (side1, side0)):
         (x, mask, lse, grad), (y, other_mask, other_lse, other_grad) = own, other
-        B, N, C = x.shape
+        B, N, C = x.features.shape
         row_tiles = blocks(N, tiles.rows)
-        out = torch.empty((B, N, C), dtype=x.dtype, device=x.device)
+        out = torch.empty((B, N, C), dtype=features0.dtype, device=features0.device)
         kernel_backward._dual_softmax_lse_bwd[(row_tiles * B, channel_blocks)](
-            x, y, mask, other_mask, lse, other_lse, grad, other_grad, amax, out,
-            *_strides(x, y, mask, other_mask), N, y.shape[1], C, row_tiles, 1 / temperature,
+            x.features, y.features, mask, other_mask, x.shift, y.shift, y.common, lse, other_lse, grad, other_grad,
+            amax, out, *_strides(x.features, y.features, mask, other_mask), N, y.features.shape[1], C, row_tiles,
+            1 / temperature,
             **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
         grads.append(out)
@@ -149,25 +185,27 @@ def mutual_best_forward(
     col_lse: Tensor | None,
     mask0: Tensor | None,
     mask1: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch; arguments as in ``naive.mutual_best``."""
+    """Launch, products in ``dtype``; other arguments as in ``naive.mutual_best``."""
     (B, L, C), S = features0.shape, features1.shape[1]
     score1, score0 = (features0.new_empty((B, n), dtype=torch.float32) for n in (L, S))
     best1, best0 = (features0.new_empty((B, n), dtype=torch.int64) for n in (L, S))
     if 0 in (B, L, S):
         return best1.zero_(), best0.zero_(), score1.fill_(-torch.inf)
-    tiles = forward_tiles(features0.dtype, C, kernel_forward.large_shared_memory())
+    own, other = operands(features0, features1, mask0, mask1, dtype)
+    tiles = forward_tiles(dtype, C, kernel_forward.large_shared_memory())
     if row_lse is not None and col_lse is not None:
         row_lse, col_lse = row_lse.contiguous(), col_lse.contiguous()
-    constants = forward_constants(tiles, features0.dtype, C)
+    constants = forward_constants(tiles, dtype, C)
     splits = blocks(S, SPAN)
     row_parts = score1.new_empty((B, splits, L)), best1.new_empty((B, splits, L), dtype=torch.int32)
     for first_row in range(0, L, ROWS_PER_LAUNCH):
         row_tiles = blocks(min(ROWS_PER_LAUNCH, L - first_row), tiles.rows)
         col_parts = score1.new_empty((B, row_tiles, S)), best1.new_empty((B, row_tiles, S), dtype=torch.int32)
         kernel_forward._mutual_best_fwd[(row_tiles * splits * B,)](
-            features0, features1, mask0, mask1, row_lse, col_lse, *row_parts, *col_parts,
-            *_strides(features0, features1, mask0, mask1),
+            own.features, other.features, mask0, mask1, own.shift, other.shift, row_lse, col_lse, *row_parts,
+            *col_parts, *_strides(own.features, other.features, mask0, mask1),
             L, S, C, first_row, row_tiles, splits, 1 / temperature,
             **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eloftr_kernels.arithmetic import upcast_for_accumulation
 from eloftr_kernels.dispatch import (
+    KERNEL_DTYPES,
     check_devices,
     check_dtype,
     check_indices,
@@ -29,12 +30,15 @@ def dual_softmax_lse(
     temperature: float,
     mask0: Tensor | None = None,  # (B, L) bool
     mask1: Tensor | None = None,  # (B, S) bool
+    product_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Normalisers of the dual softmax (LoFTR, equation 3; EfficientLoFTR, section 3.3).
 
     :mod:`eloftr_kernels.dual_softmax.naive` has the formulas.
     Neither pass stores an L x S tensor. Accumulated in float32 (float64 for float64 input), also under
-    autocast.
+    autocast. Where a kernel's products round float32 features, under autocast, with ``product_dtype`` or in TF32, it
+    takes out before what the features of an image have in common, and adds that part's products in float32:
+    the same scores with less rounding. PyTorch's path multiplies in float32.
 
     Convention:
         The gradient flows to both feature sets; scores of masked cells are the constant -1e9 and carry none.
@@ -47,6 +51,7 @@ def dual_softmax_lse(
         temperature: positive.
         mask0: (B, L) bool, True where a cell is valid.
         mask1: (B, S) bool.
+        product_dtype: of a kernel's products of float32 features; default autocast's where that is on, else float32.
 
     Returns:
         ``row_lse`` (B, L) and ``col_lse`` (B, S), float32 (float64 for float64 input). Masked rows and
@@ -59,7 +64,8 @@ def dual_softmax_lse(
     """
     _check(features0, features1, temperature, mask0, mask1)
     if use_triton("dual_softmax_lse", why_not(features0, features1, mask0, mask1)):
-        row_lse, col_lse = _lse_op(features0, features1, temperature, mask0, mask1)
+        dtype = _product_dtype(features0, product_dtype)
+        row_lse, col_lse = _lse_op(features0, features1, temperature, mask0, mask1, dtype)
         return row_lse, col_lse
     if torch.compiler.is_exporting():
         features0, features1 = upcast_for_accumulation(features0), upcast_for_accumulation(features1)
@@ -75,6 +81,7 @@ def mutual_best(
     col_lse: Tensor | None = None,  # (B, S)
     mask0: Tensor | None = None,  # (B, L) bool
     mask1: Tensor | None = None,  # (B, S) bool
+    product_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Best partner of every cell under the logarithm of the confidence, :math:`2 s_{ij} - r_i - c_j`.
 
@@ -92,6 +99,7 @@ def mutual_best(
         col_lse: (B, S).
         mask0: (B, L) bool.
         mask1: (B, S) bool.
+        product_dtype: as for :func:`dual_softmax_lse`.
 
     Returns:
         ``best1`` (B, L) int64, ``best0`` (B, S) int64, and the score (B, L) of each ``best1``, float32
@@ -106,7 +114,10 @@ def mutual_best(
     _check_normalisers(features0, features1, row_lse, col_lse)
     with torch.no_grad():
         if use_triton("mutual_best", why_not(features0, features1, mask0, mask1)):
-            best1, best0, score1 = _best_op(features0, features1, temperature, row_lse, col_lse, mask0, mask1)
+            best1, best0, score1 = _best_op(
+                features0, features1, temperature, row_lse, col_lse, mask0, mask1,
+                _product_dtype(features0, product_dtype),
+            )  # fmt: skip
             return best1, best0, score1
         if torch.compiler.is_exporting():
             features0, features1 = upcast_for_accumulation(features0), upcast_for_accumulation(features1)
@@ -121,6 +132,7 @@ def dual_softmax_best(
     threshold: float,
     mask0: Tensor | None = None,  # (B, L) bool
     mask1: Tensor | None = None,  # (B, S) bool
+    product_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     r"""Normalisers, and the best partner of every cell that has one with a confidence above ``threshold``.
 
@@ -140,6 +152,7 @@ def dual_softmax_best(
         threshold: a probability; 0 and less, all cells have a best partner.
         mask0: (B, L) bool.
         mask1: (B, S) bool.
+        product_dtype: as for :func:`dual_softmax_lse`.
 
     Returns:
         ``row_lse`` (B, L), ``col_lse`` (B, S), ``best1`` (B, L) int64, ``best0`` (B, S) int64, ``score1`` (B, L).
@@ -155,8 +168,8 @@ def dual_softmax_best(
         and not use_triton("dual_softmax_best", why_not(features0, features1, mask0, mask1))
     ):
         return one_pass.dual_softmax_best(features0, features1, temperature, threshold, mask0, mask1)
-    lse = dual_softmax_lse(features0, features1, temperature, mask0, mask1)
-    return *lse, *mutual_best(features0, features1, temperature, *lse, mask0, mask1)
+    lse = dual_softmax_lse(features0, features1, temperature, mask0, mask1, product_dtype)
+    return *lse, *mutual_best(features0, features1, temperature, *lse, mask0, mask1, product_dtype)
 
 
 def pair_scores(
@@ -220,11 +233,16 @@ def _lse_fake(features0: Tensor, features1: Tensor, *_: Any) -> tuple[Tensor, Te
 
 @operator("eloftr::dual_softmax_lse", fake=_lse_fake)
 def _lse_op(
-    features0: Tensor, features1: Tensor, temperature: float, mask0: Tensor | None, mask1: Tensor | None
+    features0: Tensor,
+    features1: Tensor,
+    temperature: float,
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     from eloftr_kernels.dual_softmax import launch
 
-    return launch.dual_softmax_lse_forward(features0, features1, temperature, mask0, mask1)
+    return launch.dual_softmax_lse_forward(features0, features1, temperature, mask0, mask1, dtype)
 
 
 def _lse_backward_fake(
@@ -244,23 +262,24 @@ def _lse_backward_op(
     temperature: float,
     mask0: Tensor | None,
     mask1: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     from eloftr_kernels.dual_softmax import launch
 
     return launch.dual_softmax_lse_backward(
-        grad_row, grad_col, features0, features1, row_lse, col_lse, temperature, mask0, mask1
+        grad_row, grad_col, features0, features1, row_lse, col_lse, temperature, mask0, mask1, dtype
     )
 
 
 def _lse_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    features0, features1, ctx.temperature, mask0, mask1 = inputs
+    features0, features1, ctx.temperature, mask0, mask1, ctx.dtype = inputs
     ctx.save_for_backward(features0, features1, *output, mask0, mask1)
 
 
 def _lse_gradients(ctx: Any, grad_row: Tensor, grad_col: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, mask0, mask1 = ctx.saved_tensors
-    of_features = _lse_backward_op(grad_row, grad_col, *tensors, ctx.temperature, mask0, mask1)
-    return *of_features, None, None, None
+    of_features = _lse_backward_op(grad_row, grad_col, *tensors, ctx.temperature, mask0, mask1, ctx.dtype)
+    return *of_features, None, None, None, None
 
 
 differentiable(_lse_op, save=_lse_save, backward=_lse_gradients)
@@ -284,10 +303,25 @@ def _best_op(
     col_lse: Tensor | None,
     mask0: Tensor | None,
     mask1: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from eloftr_kernels.dual_softmax import launch
 
-    return launch.mutual_best_forward(features0, features1, temperature, row_lse, col_lse, mask0, mask1)
+    return launch.mutual_best_forward(
+        features0, features1, temperature, row_lse, col_lse, mask0, mask1, dtype
+    )
+
+
+def _product_dtype(features: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """Of a kernel's products."""
+    if wanted not in (None, *KERNEL_DTYPES):
+        raise ValueError(f"product_dtype: expected float32, float16, bfloat16 or None, got {wanted}.")
+    if features.dtype != torch.float32:
+        return features.dtype
+    kind = features.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return wanted or features.dtype
 
 
 def _check(

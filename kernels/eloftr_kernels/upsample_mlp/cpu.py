@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eloftr_kernels import dispatch
 from eloftr_kernels.aggregated_attention.naive import AGGREGATION, token_mask
+from eloftr_kernels.upsample_mlp import naive
 from eloftr_kernels.upsample_mlp.naive import LEAKY_SLOPE, MlpWeights
 
 # Of the hidden layer held at once on a CPU: 1 MB in float32, half of a core's L2 cache.
@@ -28,6 +29,11 @@ def upsample_mlp(x: Tensor, message: Tensor, weights: MlpWeights, *, mask: Tenso
     message = message.permute(0, 2, 3, 1)
     expand_x, expand_message = weights.expand.split(channels, dim=1)
     hidden_message = F.linear(message, expand_message)
+    common = naive.common_part(x, dispatch.compute_dtype(x, weights.expand))
+    if common is not None:
+        # The weights of the interpolation add up to one: what is added before it is added to every position.
+        hidden_message = hidden_message + F.linear(common, expand_x)[:, None, None]
+        common = common[:, None, None]
     down, across = (
         _interpolation(size, size_up, hidden_message)
         for size, size_up in zip(message.shape[1:3], (height, width), strict=True)
@@ -41,7 +47,8 @@ def upsample_mlp(x: Tensor, message: Tensor, weights: MlpWeights, *, mask: Tenso
     hidden_message = across @ hidden_message
 
     def update(rows: slice, tokens_near: slice) -> Tensor:
-        hidden = F.linear(tokens[:, rows], expand_x)
+        own = tokens[:, rows] if common is None else tokens[:, rows] - common
+        hidden = F.linear(own, expand_x)
         if share is None:
             taps = down[rows, tokens_near].expand(batch, -1, -1)
             hidden.flatten(2).baddbmm_(taps, hidden_message[:, tokens_near].flatten(2))

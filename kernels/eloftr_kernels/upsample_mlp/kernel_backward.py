@@ -12,6 +12,7 @@ from eloftr_kernels.upsample_mlp.kernel_forward import (
     SIDE,
     SLOPE,
     _corners,
+    _own,
     _standardise,
     _taps,
     _update,
@@ -20,7 +21,7 @@ from eloftr_kernels.upsample_mlp.kernel_forward import (
 
 @triton.jit
 def _update_bwd(
-    grad_ptr, x_ptr, coarse_ptr, expand_ptr, contract_ptr, norm_weight_ptr, mask_ptr, valid_ptr,
+    grad_ptr, x_ptr, coarse_ptr, common_ptr, expand_ptr, contract_ptr, norm_weight_ptr, mask_ptr, valid_ptr,
     grad_update_ptr, active_ptr, share_ptr, norm_partial_ptr,
     H, W, grad_stride_b, grad_stride_c, grad_stride_y, grad_stride_x, x_stride_b, x_stride_c, x_stride_y, x_stride_x,
     C: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_U: tl.constexpr,
@@ -40,7 +41,8 @@ def _update_bwd(
     at = sample * x_stride_b + row * x_stride_y + column * x_stride_x
     x = tl.load(x_ptr + at[:, None] + channel[None, :] * x_stride_c, mask=wanted, other=0.0)
     update = _update(
-        x.to(expand_ptr.dtype.element_ty), expand_ptr, contract_ptr, coarse_ptr + sample * tokens * 2 * C,
+        _own(x, common_ptr, sample, channel, C).to(expand_ptr.dtype.element_ty),
+        expand_ptr, contract_ptr, coarse_ptr + sample * tokens * 2 * C,
         active_ptr + sample * H * W * 2 * C, t0, t1, t2, t3, w0, w1, w2, w3, position, position_in, channel,
         C, True, BLOCK_P, BLOCK_C, BLOCK_U, PRECISION,
     )  # fmt: skip

@@ -100,6 +100,15 @@ def _update(
 
 
 @triton.jit
+def _own(x, common_ptr, sample, channel, C: tl.constexpr):
+    """``x`` (P, C) without what all positions of the sample have in common."""
+    if common_ptr is not None:
+        common = tl.load(common_ptr + sample * C + channel, mask=channel < C, other=0.0)
+        x = x.to(tl.float32) - common.to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
 def _standardise(update, channel, C: tl.constexpr):
     """LayerNorm without its affine part, and 1 / standard deviation."""
     real = (channel < C)[None, :]
@@ -111,12 +120,15 @@ def _standardise(update, channel, C: tl.constexpr):
 
 @triton.jit
 def _upsample_mlp_fwd(
-    x_ptr, coarse_ptr, expand_ptr, contract_ptr, norm_weight_ptr, norm_bias_ptr, mask_ptr, valid_ptr, y_ptr,
+    x_ptr, coarse_ptr, common_ptr, expand_ptr, contract_ptr, norm_weight_ptr, norm_bias_ptr, mask_ptr, valid_ptr, y_ptr,
     H, W, x_stride_b, x_stride_c, x_stride_y, x_stride_x,
     C: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_U: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes y = x + LN(W2 LeakyReLU(W1x x + up_4(coarse))), coarse = W1m m; masked cells are zero."""
+    """Writes y = x + LN(W2 LeakyReLU(W1x (x - common) + up_4(coarse))); masked cells are zero.
+
+    coarse = W1m m + W1x common, where there is something in common to take out.
+    """
     sample = tl.program_id(1)
     tokens = (H + SIDE - 1) // SIDE * ((W + SIDE - 1) // SIDE)
     position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -128,16 +140,19 @@ def _upsample_mlp_fwd(
     t0, t1, t2, t3, w0, w1, w2, w3, _ = _corners(
         position, position_in, valid_ptr + sample * tokens, H, W, HAS_MASK
     )
-    x = tl.load(at, mask=wanted, other=0.0).to(expand_ptr.dtype.element_ty)
+    x = tl.load(at, mask=wanted, other=0.0)
     update = _update(
-        x, expand_ptr, contract_ptr, coarse_ptr + sample * tokens * 2 * C, y_ptr, t0, t1, t2, t3, w0, w1, w2, w3,
+        _own(x, common_ptr, sample, channel, C).to(expand_ptr.dtype.element_ty),
+        expand_ptr, contract_ptr, coarse_ptr + sample * tokens * 2 * C, y_ptr, t0, t1, t2, t3, w0, w1, w2, w3,
         position, position_in, channel, C, False, BLOCK_P, BLOCK_C, BLOCK_U, PRECISION,
     )  # fmt: skip
     standard, _ = _standardise(update, channel, C)
     scale = tl.load(norm_weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
     shift = tl.load(norm_bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
-    # The residual is read again, from the cache: kept, it would occupy registers through the loop.
-    y = tl.load(at, mask=wanted, other=0.0).to(tl.float32) + standard * scale[None, :] + shift[None, :]
+    # The residual is read again, from the cache: kept, it would occupy registers through the loop. So would its
+    # addresses, which are therefore added up in another order.
+    again = (x_ptr + channel * x_stride_c)[None, :] + row[:, None]
+    y = tl.load(again, mask=wanted, other=0.0).to(tl.float32) + standard * scale[None, :] + shift[None, :]
     if HAS_MASK:
         keep = tl.load(mask_ptr + sample * H * W + position, mask=position_in, other=0) != 0
         y = tl.where(keep[:, None], y, 0.0)

@@ -14,7 +14,7 @@ from eloftr_kernels.aggregated_attention.naive import token_mask
 from eloftr_kernels.kernel_common import blocks, next_power_of_2
 from eloftr_kernels.upsample_mlp.kernel_backward import _hidden_bwd, _update_bwd, _upsample_bwd
 from eloftr_kernels.upsample_mlp.kernel_forward import _upsample_mlp_fwd
-from eloftr_kernels.upsample_mlp.naive import MlpWeights
+from eloftr_kernels.upsample_mlp.naive import MlpWeights, common_part
 
 LARGE_TILE_BYTES = 120 * 1024
 
@@ -28,11 +28,11 @@ def forward(
     """Launch the forward kernel. Workspace: (B, h * w, 2C), the first layer of the message at its own resolution."""
     batch, channels, height, width = x.shape
     y = x.new_empty((batch, height, width, channels))
-    coarse = F.linear(_tokens(message), weights.expand[:, channels:])
+    coarse, common = _first_layer(x, _tokens(message), weights.expand)
     options = _options(x, coarse.dtype, mask is not None)
     if batch:
         _upsample_mlp_fwd[blocks(height * width, options["BLOCK_P"]), batch](
-            x, coarse, weights.expand.contiguous(), weights.contract.contiguous(), weights.norm.contiguous(),
+            x, coarse, common, weights.expand.contiguous(), weights.contract.contiguous(), weights.norm.contiguous(),
             weights.norm_bias.contiguous(), *_masks(x, mask), y, height, width, *x.stride(), **options,
         )  # fmt: skip
     return y.permute(0, 3, 1, 2)
@@ -53,7 +53,7 @@ def backward(
     batch, channels, height, width = x.shape
     dtype, masked = weights.expand.dtype, mask is not None
     tokens = _tokens(message)
-    coarse = F.linear(tokens, weights.expand[:, channels:])
+    coarse, common = _first_layer(x, tokens, weights.expand)
     mask_, valid = _masks(x, mask)
     grad_x, grad_coarse = torch.empty_like(x), torch.empty_like(coarse)
     grad_update = x.new_empty((batch, height * width, channels), dtype=dtype)
@@ -66,7 +66,7 @@ def backward(
     norm = x.new_empty((batch * tiles, 2, channels), dtype=torch.float32)
     if batch:
         _update_bwd[tiles, batch](
-            grad, x, coarse, expand, contract, weights.norm.contiguous(), mask_, valid, grad_update,
+            grad, x, coarse, common, expand, contract, weights.norm.contiguous(), mask_, valid, grad_update,
             active, share, norm, height, width, *grad.stride(), *x.stride(), **small,
         )  # fmt: skip
         _hidden_bwd[blocks(height * width, large["BLOCK_P"]), batch](
@@ -92,6 +92,16 @@ def backward(
         norm_bias=grad_norm[1].clone(),
     )
     return [grad_x, grad_message.permute(0, 3, 1, 2), *of_weights]
+
+
+def _first_layer(x: Tensor, tokens: Tensor, expand: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(B, h * w, 2C) the message's part of it, with that of what all positions of ``x`` have in common; the latter."""
+    of_x, of_message = expand.split(x.shape[1], 1)
+    common = common_part(x, expand.dtype)
+    if common is None:
+        return F.linear(tokens, of_message), None
+    shift = F.linear(common, of_x)[:, None]
+    return torch.baddbmm(shift, tokens, of_message.T.expand(len(tokens), -1, -1)), common
 
 
 def _tokens(message: Tensor) -> Tensor:

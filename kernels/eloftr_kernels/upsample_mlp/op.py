@@ -32,7 +32,9 @@ def upsample_mlp(
     r"""Update the coarse map with the message (EfficientLoFTR, section 3.2).
 
     :mod:`eloftr_kernels.upsample_mlp.naive` has the formula. Under autocast the linear maps run in its dtype, the
-    residual in that of ``x``.
+    residual in that of ``x``. A float32 ``x`` may meet weights and a message of half precision, in which the linear
+    maps then run. Where they round ``x``, what all its positions have in common is taken out before, and its product
+    is added after: the same formula with less rounding.
 
     Gradient: to all but the mask; zero at masked cells. LeakyReLU's at zero is its slope, 0.01.
 
@@ -46,12 +48,21 @@ def upsample_mlp(
     """
     dtype = _check(x, message, weights, mask)
     if torch.compiler.is_exporting():
-        return naive.upsample_mlp(x, message, weights, mask=mask)
+        with dispatch.reference_context(x, dtype):
+            return naive.upsample_mlp(x, message, _vectors_as(x, weights), mask=mask)
     if not dispatch.use_triton(OP, why_not(x, mask)):
-        return cpu.upsample_mlp(x, message, weights, mask=mask)
+        with dispatch.reference_context(x, dtype):
+            return cpu.upsample_mlp(x, message, _vectors_as(x, weights), mask=mask)
     parts = list(weights._replace(expand=weights.expand.to(dtype), contract=weights.contract.to(dtype)))
     y: Tensor = _forward(x, message.to(dtype), parts, mask)
     return y
+
+
+def _vectors_as(x: Tensor, weights: MlpWeights) -> MlpWeights:
+    """What meets a float32 map outside the linear maps, in float32."""
+    if x.dtype != torch.float32 or weights.norm.dtype == torch.float32:
+        return weights
+    return weights._replace(norm=weights.norm.float(), norm_bias=weights.norm_bias.float())
 
 
 def why_not(x: Tensor, mask: Tensor | None = None) -> str | None:
@@ -91,10 +102,11 @@ def _check(
         dispatch.check_dtype("mask", mask, torch.bool, "compare it with a threshold")
     others = {"message": message, **{f"weights.{name}": w for name, w in weights._asdict().items()}}
     dispatch.check_devices({"x": x, **others, "mask": mask})
+    dtype = dispatch.compute_dtype(x, weights.expand)
     if not torch.is_autocast_enabled(x.device.type):
         for name, t in others.items():
-            dispatch.check_dtype(name, t, x.dtype, "convert it to the dtype of x, or use autocast")
-    return dispatch.compute_dtype(x)
+            dispatch.check_dtype(name, t, dtype, "convert it to the dtype of x, or use autocast")
+    return dtype
 
 
 def _forward_fake(x: Tensor, *_: Any) -> Tensor:
