@@ -83,9 +83,8 @@ class EfficientLoFTR(LoFTR):
             config, pretrained = None, config
         config = config or EfficientLoFTRConfig()
         if not isinstance(config, EfficientLoFTRConfig):
-            raise TypeError(
-                f"config: expected an EfficientLoFTRConfig or a name of weights, got {type(config).__name__}."
-            )
+            kind = type(config).__name__
+            raise TypeError(f"config: expected an EfficientLoFTRConfig or a name of weights, got {kind}.")
         if pretrained is not None:
             self._adopt(EfficientLoFTR.from_pretrained(_KORNIA_NAMES.get(pretrained, pretrained)), fused)
             return
@@ -334,8 +333,7 @@ class EfficientLoFTR(LoFTR):
             mask = torch.ones((pixels.shape[0], height, width), dtype=torch.bool, device=pixels.device)
         if mask is not None:
             pixels, mask = F.pad(pixels.masked_fill(~mask[:, None], 0), pad), F.pad(mask, pad)
-        half, quarter, coarse = self.backbone(pixels)
-        return Features(half, quarter, coarse, mask)
+        return Features(*self.backbone(pixels), mask)
 
     def transform(self, features0: Features, features1: Features) -> tuple[Tensor, Tensor]:
         """Step 2. Coarse maps after the transformer, (B, C, h0, w0) and (B, C, h1, w1)."""
@@ -343,14 +341,10 @@ class EfficientLoFTR(LoFTR):
             features0.coarse, features1.coarse, features0.coarse_mask, features1.coarse_mask
         )
 
-    def match_coarse(
-        self, features0: Features, features1: Features, coarse0: Tensor, coarse1: Tensor
-    ) -> CoarseOutput:
+    def match_coarse(self, side0: Features, side1: Features, *maps: Tensor) -> CoarseOutput:
         """Step 3. Scores and nearest cells; products of a half-precision model are of its dtype."""
-        dtype = next(self.transformer.parameters()).dtype
-        masks = features0.coarse_mask, features1.coarse_mask
-        product_dtype = None if dtype == torch.float64 else dtype
-        return match_cells(coarse0, coarse1, *masks, self.config, product_dtype)
+        dtype, masks = next(self.transformer.parameters()).dtype, (side0.coarse_mask, side1.coarse_mask)
+        return match_cells(*maps, *masks, self.config, dtype)
 
     def refine(
         self,
@@ -401,7 +395,6 @@ class EfficientLoFTR(LoFTR):
         maps0 = coarse.coarse0, features0.quarter, features0.half
         maps1 = coarse.coarse1, features1.quarter, features1.half
         if self.training and coarse.coarse0.shape == coarse.coarse1.shape:
-            both = (torch.cat(maps) for maps in zip(maps0, maps1, strict=True))
-            fine0, fine1 = self.pyramid(*both).chunk(2)
+            fine0, fine1 = self.pyramid(*map(torch.cat, zip(maps0, maps1, strict=True))).chunk(2)
             return fine0, fine1
         return self.pyramid(*maps0), self.pyramid(*maps1)

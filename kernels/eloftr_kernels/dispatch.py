@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 KERNEL_DTYPES = (torch.float32, *HALF_DTYPES)
 MAX_ELEMENTS = 2**31  # offsets inside the kernels are 32-bit
 MIN_HEAD_SIZE = 16  # the smallest inner dimension of a matrix instruction
+OLDEST_CAPABILITY = (7, 5)  # of NVIDIA GPUs that Triton compiles for
+LEAST_SHARED_MEMORY = 64 * 1024  # bytes, for the smallest tiles
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _choice: ContextVar[Backend] = ContextVar("eloftr_kernels_backend", default="auto")
@@ -86,13 +89,17 @@ def why_not_triton(tensors: Mapping[str, Tensor | None], head_size: int | None =
     if _forward_mode():
         return "a forward-mode derivative is being taken, which the kernels do not compute"
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    kind = next(iter(given.values())).device.type
+    device = next(iter(given.values())).device
+    kind = device.type
     if kind == "cpu" and chosen_backend() != "triton":
         return "the tensors are on the CPU, where PyTorch is faster than Triton's interpreter"
     if kind == "cpu" and not interpreting():
         return "the tensors are on the CPU and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
     if kind not in ("cpu", "cuda"):
         return f"no kernel is written for the device type {kind}"
+    against = _why_not_device(device) if kind == "cuda" else _why_not_interpreter(given)
+    if against is not None:
+        return against
     for name, tensor in given.items():
         if tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES:
             return f"{name} is {tensor.dtype}; the kernels compute in float32, float16 or bfloat16"
@@ -100,6 +107,51 @@ def why_not_triton(tensors: Mapping[str, Tensor | None], head_size: int | None =
             return f"{name} spans 2^31 elements or more, beyond the kernels' 32-bit offsets"
     if head_size is not None and (head_size < MIN_HEAD_SIZE or head_size & (head_size - 1)):
         return f"the head size {head_size} is not a power of two of at least {MIN_HEAD_SIZE}"
+    return None
+
+
+def why_not_gpu(gpu: Any, *, amd: bool = False) -> str | None:
+    """Why no kernel runs on a GPU, as half a sentence; None where they do.
+
+    Args:
+        gpu: its properties, as ``torch.cuda.get_device_properties`` gives them.
+        amd: it is one of AMD, whose architectures have no capability to compare.
+    """
+    capability = gpu.major, gpu.minor
+    if not amd and capability < OLDEST_CAPABILITY:
+        oldest = ".".join(map(str, OLDEST_CAPABILITY))
+        return (
+            f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, "
+            f"and {oldest} is the oldest that Triton compiles for"
+        )
+    if usable_shared_memory(gpu) < LEAST_SHARED_MEMORY:
+        return (
+            f"a program on {gpu.name} may take {usable_shared_memory(gpu)} bytes of shared memory, "
+            f"and the kernels need {LEAST_SHARED_MEMORY}"
+        )
+    return None
+
+
+@functools.cache
+def _why_not_device(device: torch.device) -> str | None:
+    return why_not_gpu(torch.cuda.get_device_properties(device), amd=torch.version.hip is not None)
+
+
+def _why_not_interpreter(tensors: Mapping[str, Tensor]) -> str | None:
+    """Why Triton's interpreter cannot run the kernels on these tensors."""
+    if importlib.util.find_spec("numpy") is None:
+        return "Triton's interpreter computes with numpy, which is not installed"
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if torch.is_autocast_enabled("cpu"):
+        dtypes.add(torch.get_autocast_dtype("cpu"))
+    if torch.bfloat16 in dtypes:
+        from eloftr_kernels.kernel_interpreter import computes_bfloat16
+
+        if not computes_bfloat16():
+            return (
+                "Triton's interpreter computes bfloat16 wrongly (it multiplies its bits as whole numbers); "
+                "float32 and float16 are right there, and bfloat16 is on a GPU"
+            )
     return None
 
 
@@ -162,12 +214,17 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
+@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may take on ``device``; 0 where there is none to speak of."""
     if device.type != "cuda":
         return 0
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+    return usable_shared_memory(torch.cuda.get_device_properties(device))
+
+
+def usable_shared_memory(gpu: Any) -> int:
+    """Bytes of shared memory that one program may take when it asks for all of them."""
+    return int(getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block))
 
 
 def check_shape(name: str, x: Tensor, expected: Sequence[int | None], symbols: str) -> None:

@@ -6,16 +6,14 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from eloftr_kernels.dispatch import interpreting
-
 NORM_EPS = tl.constexpr(1e-5)  # of torch.nn.functional.layer_norm
 
 _FLOAT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Operand type of ``tl.dot`` for tensors of ``dtype``; Triton's interpreter has none for bfloat16."""
-    return tl.float32 if dtype == torch.bfloat16 and interpreting() else _FLOAT[dtype]
+    """Operand type of ``tl.dot`` for tensors of ``dtype``."""
+    return _FLOAT[dtype]
 
 
 def power_of_2(size: int) -> int:

@@ -32,14 +32,42 @@ def operator(name: str, *, fake: Callable[..., Any]) -> Callable[[Launch], Custo
     def register(launch: Launch) -> CustomOpDef:
         @functools.wraps(launch)
         def on_device(first: Tensor, *rest: Any) -> Any:
-            with on_device_of(first):
-                return launch(first, *rest)
+            try:
+                with on_device_of(first):
+                    return launch(first, *rest)
+            except Exception as error:
+                if raised_by_triton(error):
+                    raise RuntimeError(explained(name, first.device, error)) from error
+                raise
 
         registered = torch.library.custom_op(name, mutates_args=())(on_device)
         registered.register_fake(fake)
         return registered
 
     return register
+
+
+def raised_by_triton(error: BaseException) -> bool:
+    """Whether Triton itself failed: its import, its compiler, its launcher."""
+    if isinstance(error, ImportError) and (error.name or "").startswith("triton"):
+        return True
+    if type(error).__module__.startswith("triton"):
+        return True
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and str(last.tb_frame.f_globals.get("__name__", "")).startswith("triton")
+
+
+def explained(name: str, device: torch.device, error: BaseException) -> str:
+    """What failed and what to do, in words."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    reason = f"{type(error).__name__}: {lines[0].strip() if lines else 'no reason given'}"
+    return (
+        f"{name}: Triton could not compile or launch the kernel on {device} ({reason}). "
+        "Nothing was computed. Choose eloftr_kernels.backend('reference') for PyTorch's operations, "
+        "and please report the error above."
+    )
 
 
 def differentiable(

@@ -234,12 +234,12 @@ def test_many_launches_and_programs_agree_with_one(monkeypatch: pytest.MonkeyPat
 
 
 def test_tiles_of_gpus_with_little_shared_memory_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    from eloftr_kernels.dual_softmax import kernel_forward
+    from eloftr_kernels.dual_softmax import launch
 
     f0, f1 = features(1, 140, 40, 24, torch.float16)
     with backend("triton"):
         large = with_gradients(joined(), f0, f1)
-        monkeypatch.setattr(kernel_forward, "large_shared_memory", lambda: False)
+        monkeypatch.setattr(launch, "room", lambda device: 64 * 1024)
         with poisoned_buffers():
             small = with_gradients(joined(), f0, f1)
     torch.testing.assert_close(small[0], large[0])

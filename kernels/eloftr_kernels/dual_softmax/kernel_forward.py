@@ -14,16 +14,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from eloftr_kernels.dispatch import interpreting
-
-
-def large_shared_memory() -> bool:
-    """Whether a program may use the 160 KB and more of data-centre NVIDIA GPUs; about 64 KB elsewhere."""
-    if interpreting():
-        return True
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch in (80, 90, 100, 103)
-
 
 @triton.jit
 def _load_features(x_ptr, index, size, first_channel, channels, stride_n, stride_c, BLOCK_C: tl.constexpr):

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eloftr_kernels import dispatch
 from eloftr_kernels.dispatch import dot_precision, rounds_below
 from eloftr_kernels.dual_softmax import kernel_backward, kernel_forward
 from eloftr_kernels.kernel_common import blocks, dot_dtype, power_of_2
 
 ROWS_PER_LAUNCH = 1 << 15  # bounds the column workspace to S * ROWS_PER_LAUNCH / rows-of-a-tile elements
+LARGE, MIDDLE = 160 * 1024, 97 * 1024  # bytes of shared memory: data-centre GPUs, and those from sm_86 on
 SPAN = 512  # columns that one program of the forward walks over
 _REDUCE_BLOCK = 128
 _CENTRE_BLOCK = 32  # rows
@@ -28,26 +30,31 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def forward_tiles(dtype: torch.dtype, channels: int, large_shared_memory: bool) -> Tiles:
-    """Tiles of the two forward kernels."""
+def room(device: torch.device) -> int:
+    """Bytes of shared memory that tiles may take on ``device``; the interpreter has no limit."""
+    return dispatch.shared_memory(device) if device.type == "cuda" or not dispatch.interpreting() else LARGE
+
+
+def forward_tiles(dtype: torch.dtype, channels: int, shared: int) -> Tiles:
+    """Tiles of the two forward kernels, for ``shared`` bytes of shared memory."""
     if dtype == torch.float32:
         return Tiles(64, 64, 32, 4, 2)
     whole = power_of_2(channels)
-    if whole > 256:
+    if whole > 256 or (whole > 128 and shared < MIDDLE):
         return Tiles(64, 64, 64, 4, 2)
-    if not large_shared_memory:
+    if shared < LARGE:
         return Tiles(64 if whole > 128 else 128, 32, whole, 4, 2)
     return Tiles(128, 64, whole, 8, 2) if whole > 128 else Tiles(64, 64, whole, 4, 2)
 
 
-def backward_tiles(dtype: torch.dtype, channels: int, large_shared_memory: bool) -> Tiles:
-    """Tiles of the backward kernel."""
+def backward_tiles(dtype: torch.dtype, channels: int, shared: int) -> Tiles:
+    """Tiles of the backward kernel, for ``shared`` bytes of shared memory."""
     if dtype == torch.float32:
         return Tiles(32, 32, 32, 4, 2)
     whole = power_of_2(channels)
     if whole > 256:
         return Tiles(64, 32, 64, 4, 2)
-    if not large_shared_memory:
+    if shared < LARGE:
         return Tiles(64, 32, whole, 4, 1)
     return Tiles(64, 64, whole, 8, 2)
 
@@ -116,7 +123,7 @@ def dual_softmax_lse_forward(
     if 0 in (B, L, S):
         return row_lse.fill_(-torch.inf), col_lse.fill_(-torch.inf)
     own, other = operands(features0, features1, mask0, mask1, dtype)
-    tiles = forward_tiles(dtype, C, kernel_forward.large_shared_memory())
+    tiles = forward_tiles(dtype, C, room(features0.device))
     constants = forward_constants(tiles, dtype, C)
     splits = blocks(S, SPAN)
     row_parts = row_lse.new_empty((B, splits, L))
@@ -154,7 +161,7 @@ def dual_softmax_lse_backward(
     if 0 in (*features0.shape, features1.shape[1]):
         return features0.new_zeros(features0.shape), features1.new_zeros(features1.shape)
     operand0, operand1 = operands(features0, features1, mask0, mask1, dtype)
-    tiles = backward_tiles(dtype, features0.shape[2], kernel_forward.large_shared_memory())
+    tiles = backward_tiles(dtype, features0.shape[2], room(features0.device))
     constants = backward_constants(tiles, dtype, features0.shape[2])
     channel_blocks = blocks(features0.shape[2], int(str(constants["BLOCK_OUT"])))
     grad_row, grad_col = grad_row.contiguous(), grad_col.contiguous()
@@ -194,7 +201,7 @@ def mutual_best_forward(
     if 0 in (B, L, S):
         return best1.zero_(), best0.zero_(), score1.fill_(-torch.inf)
     own, other = operands(features0, features1, mask0, mask1, dtype)
-    tiles = forward_tiles(dtype, C, kernel_forward.large_shared_memory())
+    tiles = forward_tiles(dtype, C, room(features0.device))
     if row_lse is not None and col_lse is not None:
         row_lse, col_lse = row_lse.contiguous(), col_lse.contiguous()
     constants = forward_constants(tiles, dtype, C)

@@ -314,10 +314,10 @@ def _best_op(
 
 def _product_dtype(features: Tensor, wanted: torch.dtype | None) -> torch.dtype:
     """Of a kernel's products."""
-    if wanted not in (None, *KERNEL_DTYPES):
-        raise ValueError(f"product_dtype: expected float32, float16, bfloat16 or None, got {wanted}.")
     if features.dtype != torch.float32:
         return features.dtype
+    if wanted not in (None, *KERNEL_DTYPES):
+        raise ValueError(f"product_dtype: expected float32, float16, bfloat16 or None, got {wanted}.")
     kind = features.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
