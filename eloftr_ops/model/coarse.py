@@ -107,7 +107,7 @@ def select_fixed(
         valid = top > -torch.inf
     cells0 = cells0 * valid
     cells1 = nearest.nearest01.gather(1, cells0) * valid
-    batch = torch.arange(len(valid), device=valid.device)[:, None].expand_as(cells0).flatten()
+    batch = torch.arange(valid.shape[0], device=valid.device)[:, None].expand_as(cells0).flatten()
     cells0, cells1 = cells0.flatten(), cells1.flatten()
     confidence = pair_confidence(coarse.scores, batch, cells0, cells1, config)
     valid = valid & above_threshold(confidence, config).view_as(valid)
