@@ -333,7 +333,7 @@ class EfficientLoFTR(LoFTR):
             mask = torch.ones((pixels.shape[0], height, width), dtype=torch.bool, device=pixels.device)
         if mask is not None:
             pixels, mask = F.pad(pixels.masked_fill(~mask[:, None], 0), pad), F.pad(mask, pad)
-        return Features(*self.backbone(pixels), mask)
+        return Features(*self.backbone(pixels), mask=mask)
 
     def transform(self, features0: Features, features1: Features) -> tuple[Tensor, Tensor]:
         """Step 2. Coarse maps after the transformer, (B, C, h0, w0) and (B, C, h1, w1)."""
@@ -341,10 +341,10 @@ class EfficientLoFTR(LoFTR):
             features0.coarse, features1.coarse, features0.coarse_mask, features1.coarse_mask
         )
 
-    def match_coarse(self, side0: Features, side1: Features, *maps: Tensor) -> CoarseOutput:
+    def match_coarse(self, side0: Features, side1: Features, map0: Tensor, map1: Tensor) -> CoarseOutput:
         """Step 3. Scores and nearest cells; products of a half-precision model are of its dtype."""
-        dtype, masks = next(self.transformer.parameters()).dtype, (side0.coarse_mask, side1.coarse_mask)
-        return match_cells(*maps, *masks, self.config, dtype)
+        dtype = next(self.transformer.parameters()).dtype
+        return match_cells(map0, map1, side0.coarse_mask, side1.coarse_mask, self.config, dtype)
 
     def refine(
         self,
