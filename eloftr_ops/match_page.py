@@ -36,14 +36,16 @@ class MatchPage:
         """What a notebook shows."""
         return self.frame()
 
-    def frame(self, height: int = _FRAME_HEIGHT) -> str:
+    def frame(self, height: int = _FRAME_HEIGHT, *, slider: bool = True) -> str:
         """The page inside an element that can stand in another page.
 
         Args:
             height: of the element, CSS pixels.
+            slider: show the slider; False where the page around it has its own.
         """
+        document = self.html if slider else self.html.replace("<body>", '<body class="without-slider">', 1)
         return (
-            f'<iframe srcdoc="{html.escape(self.html)}" title="matches" sandbox="allow-scripts" '
+            f'<iframe srcdoc="{html.escape(document)}" title="matches" sandbox="allow-scripts" '
             f'style="width: 100%; height: {height}px; border: 0"></iframe>'
         )
 

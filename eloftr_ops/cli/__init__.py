@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from eloftr_ops._version import __version__
+from eloftr_ops.cli.app import app_command
 from eloftr_ops.cli.evaluate import evaluate
 from eloftr_ops.cli.export import export
 from eloftr_ops.cli.match_pairs import match_pairs_command
@@ -32,6 +33,7 @@ for command in (match, demo, train, evaluate, export):
     app.command()(command)
 app.command("match-pairs")(match_pairs_command)
 app.command("reconstruct")(reconstruct_command)
+app.command("app")(app_command)
 
 
 @app.callback(invoke_without_command=True)

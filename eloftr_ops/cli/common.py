@@ -72,18 +72,6 @@ def reported_mistakes() -> Iterator[None]:
     raise typer.Exit(2)
 
 
-def describe_device(device: torch.device) -> str:
-    """A device in words: the GPU's name, or the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return (
-        f"{device.type}, {threads} thread{'s' if threads > 1 else ''}"
-        if device.type == "cpu"
-        else device.type
-    )
-
-
 def print_line(console: Console, label: str, value: str) -> None:
     """One line of a report: a label, and what is to be said about it."""
     # As Text, a path with brackets in it is not taken for markup.

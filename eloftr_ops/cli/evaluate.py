@@ -20,12 +20,12 @@ from eloftr_ops.cli.common import (
     Threads,
     UsageError,
     Weights,
-    describe_device,
     print_line,
     reported_mistakes,
 )
 from eloftr_ops.io import FileError, check_output
 from eloftr_ops.matching import DEFAULT_WEIGHTS, choose_device, load_matcher
+from eloftr_ops.wording import describe_device
 
 if TYPE_CHECKING:  # heavy, and of no use to the other commands
     from eloftr_ops.data.labelled import LabelledPairs

@@ -21,7 +21,6 @@ from eloftr_ops.cli.common import (
     Threads,
     UsageError,
     Weights,
-    describe_device,
     print_line,
     reported_mistakes,
 )
@@ -29,6 +28,7 @@ from eloftr_ops.image_matches import INLIER_THRESHOLD
 from eloftr_ops.io import MATCH_SUFFIXES, FileError, check_output
 from eloftr_ops.matching import DEFAULT_RESIZE, DEFAULT_WEIGHTS, ImageMatches, match_images
 from eloftr_ops.visualization import PICTURE_SUFFIXES
+from eloftr_ops.wording import describe_device, describe_inliers, describe_verdict
 
 
 class Model(enum.StrEnum):
@@ -148,9 +148,11 @@ def _write_and_print(
     print_line(console, "matches", f"{count}" if count else none)
     print_line(console, "time", f"{matches.seconds:.2f} s on {describe_device(matches.device)}")
     if chosen is not None and count:
-        print_line(console, chosen, _describe_inliers(matches, chosen, inlier_threshold))
+        inliers = describe_inliers(matches, chosen, inlier_threshold)
+        other = "; try --model homography" if inliers.startswith("not") and chosen == "fundamental" else ""
+        print_line(console, chosen, inliers + other)
     if count:
-        print_line(console, "verdict", _describe_verdict(matches))
+        print_line(console, "verdict", describe_verdict(matches))
     for path in written:
         print_line(console, "written", str(path))
     return console
@@ -164,21 +166,3 @@ def _corner_error(
     corners = np.array([[0, 0, 1], [width, 0, 1], [width, height, 1], [0, height, 1]], dtype=np.float64)
     mapped = [(corners @ matrix.T)[:, :2] / (corners @ matrix.T)[:, 2:] for matrix in (H, truth)]
     return float(np.linalg.norm(mapped[0] - mapped[1], axis=1).mean())
-
-
-def _describe_inliers(matches: ImageMatches, model: str, threshold: float) -> str:
-    found = matches.homography(threshold) if model == "homography" else matches.fundamental(threshold)
-    if found.matrix is None:
-        return f"{found.reason}{'; try --model homography' if model == 'fundamental' else ''}"
-    count = int(found.inliers.sum())
-    return f"{count} inliers ({count / len(matches):.0%}) within {threshold:g} px"
-
-
-def _describe_verdict(matches: ImageMatches) -> str:
-    verdict = matches.verdict
-    share = (
-        f"{verdict.chance:.1%} of unrelated pairs agree as much"
-        if verdict.chance > 1e-3
-        else ("less than 0.1% of unrelated pairs agree as much")
-    )
-    return f"{'related' if verdict.related else 'not known to be related'}: {share}"
