@@ -293,8 +293,11 @@ def build_app(matcher: PairMatcher, *, public: bool = False) -> Any:
             return _outputs(gr, now, confidence, chosen)
 
         run.click(match, [*images, size, least, model], [kept, *shown], concurrency_limit=1)
-        for event in (least.release, model.input):
-            event(change, [kept, least, model], shown, show_progress="hidden")
+        for choice in (least, model):
+            # While the slider moves, only its last position is drawn.
+            choice.change(
+                change, [kept, least, model], shown, show_progress="hidden", trigger_mode="always_last"
+            )
     return page
 
 
