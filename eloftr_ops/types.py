@@ -137,6 +137,27 @@ class StaticMatches(NamedTuple):
         )
 
 
+class SampledPixels(NamedTuple):
+    """T pairs of pixels drawn in the windows of N pairs of cells, frame as in Matches."""
+
+    keypoints0: Tensor  # (N, T, 2) x, y of the drawn pixel of image 0
+    keypoints1: Tensor  # (N, T, 2) x, y in image 1
+    log_probability: Tensor  # (N, T) of the pair of pixels, given the pair of cells
+    valid: Tensor  # (N, T) bool: both lie on their image and on no masked pixel
+
+
+class SampledMatches(NamedTuple):
+    """D draws of K pairs of cells for each of B pairs of images, frame as in Matches; rows not valid are zero."""
+
+    keypoints0: Tensor  # (B, D, K, 2) x, y of the middle of the cell of image 0, pixels
+    keypoints1: Tensor  # (B, D, K, 2) x, y in image 1, pixels
+    log_probability: Tensor  # (B, D, K) logarithm of the dual-softmax probability, with gradient
+    valid: Tensor  # (B, D, K) bool
+    cells0: Tensor  # (B, D, K) int64, row * w0 + column
+    cells1: Tensor  # (B, D, K) int64, row * w1 + column
+    pixels: SampledPixels | None = None  # of the windows of all B * D * K pairs of cells, in their order
+
+
 class CoarsePairs(NamedTuple):
     """True pairs of cells."""
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eloftr_kernels import WindowMatches
+from eloftr_kernels import WindowMatches, window_match
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode
 from eloftr_ops.model.backbone import fold_batch_norm
 from eloftr_ops.model.stages import stage
@@ -60,6 +60,30 @@ class FeaturePyramid(nn.Module):
                 weight, bias = fold_batch_norm(conv.weight, bn)
                 conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
                 fusion[1] = nn.Identity()
+
+
+def match_windows(
+    fine0: Tensor,
+    fine1: Tensor,
+    selected: CoarseMatches,
+    coarse: CoarseOutput,
+    mode: GradientMode,
+    config: EfficientLoFTRConfig,
+) -> Matches:
+    """Keypoints of selected cells, wherever they lie; fine maps (B, D, 4h, 4w)."""
+    windows = window_match(
+        fine0,
+        fine1,
+        selected.batch,
+        selected.cells0,
+        selected.cells1,
+        subpixel_channels=config.subpixel_channels,
+        subpixel_temperature=config.subpixel_temperature,
+        centred_subpixel=config.centred_subpixel,
+        soft_temperature=None if mode == "hard" else config.soft_temperature,
+    )
+    keypoints0, keypoints1 = keypoints_from_windows(selected, windows, coarse, mode, config)
+    return Matches(keypoints0, keypoints1, selected.confidence, selected.batch)
 
 
 def keypoints_from_windows(

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from kornia.feature import LoFTR
 from torch import Tensor, nn
 
-from eloftr_kernels import window_match
 from eloftr_ops.checks import check_image, check_mask, check_max_matches, check_range, checked_pair
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode, WeightLayout, check_choice
 from eloftr_ops.model.backbone import RepVGG
-from eloftr_ops.model.coarse import match_cells, select_fixed, select_matches
-from eloftr_ops.model.fine import FeaturePyramid, keypoints_from_windows, on_image
+from eloftr_ops.model.coarse import match_cells, score_cells, select_fixed, select_matches
+from eloftr_ops.model.fine import FeaturePyramid, match_windows, on_image
+from eloftr_ops.model.sampling import check_sampling, draw_matches
 from eloftr_ops.model.stages import stage
 from eloftr_ops.model.transformer import CoarseTransformer
 from eloftr_ops.types import (
@@ -28,6 +28,7 @@ from eloftr_ops.types import (
     ImageInput,
     Matches,
     PairInput,
+    SampledMatches,
     StaticMatches,
 )
 
@@ -134,8 +135,7 @@ class EfficientLoFTR(LoFTR):
             mode: ``hard``, ``straight_through`` or ``soft``; default ``config.gradient_mode``.
 
         Returns:
-            ``keypoints0`` (M, 2), ``keypoints1`` (M, 2), ``confidence`` (M,), ``batch_indexes`` (M,) int64 ascending.
-            M = 0 when nothing matches.
+            ``keypoints0`` (M, 2), ``keypoints1`` (M, 2), ``confidence`` (M,), ``batch_indexes`` (M,) int64; M may be 0.
 
         Raises:
             ValueError: shapes, sizes, ranges, devices or keys other than these.
@@ -221,8 +221,34 @@ class EfficientLoFTR(LoFTR):
         coarse0, coarse1 = self.transform(features0, features1)
         coarse = self.match_coarse(features0, features1, coarse0, coarse1)
         selected, valid = select_fixed(coarse, self.config, max_matches)
-        matches = self.keypoints_of(features0, features1, coarse, selected, mode)
+        fine = self.fine_features(features0, features1, coarse)
+        matches = match_windows(*fine, selected, coarse, mode, self.config)
         return matches, valid & on_image(matches, features0, features1).view_as(valid)
+
+    def sample_matches(
+        self,
+        image0: Tensor,
+        image1: Tensor,
+        mask0: Tensor | None = None,
+        mask1: Tensor | None = None,
+        *,
+        draws: int = 2,
+        matches: int = 384,
+        pixels: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> SampledMatches:
+        """Draw matches from their probabilities, each with its log-probability: the gradient of the selection.
+
+        ``draws`` times, ``matches`` pairs of cells of each pair of images; with ``pixels`` also so many pairs of pixels
+        in the window of each. :mod:`eloftr_ops.model.sampling` says how, and where gradient flows. Images, masks and
+        errors as :meth:`forward`. A batch draws what its pairs draw one by one with the same generator.
+        """
+        check_sampling(self.config, draws, matches, pixels)
+        data = {"image0": image0, "image1": image1, "mask0": mask0, "mask1": mask1}
+        sides = self.extract_pair(self.check_input(data))
+        coarse = score_cells(*self.transform(*sides), sides[0].coarse_mask, sides[1].coarse_mask, self.config)
+        fine = self.fine_features(*sides, coarse) if pixels else None
+        return draw_matches(sides, coarse, fine, self.config, draws, matches, pixels, generator)
 
     def fused(self) -> EfficientLoFTR:
         """A copy in evaluation mode, its RepVGG branches folded into single convolutions; still differentiable."""
@@ -355,34 +381,10 @@ class EfficientLoFTR(LoFTR):
         mode: GradientMode,
     ) -> Matches:
         """Step 5. Keypoints of selected cells; matches that leave the image, or reach masked pixels, are dropped."""
-        matches = self.keypoints_of(features0, features1, coarse, selected, mode)
+        fine = self.fine_features(features0, features1, coarse)
+        matches = match_windows(*fine, selected, coarse, mode, self.config)
         inside = on_image(matches, features0, features1)
         return Matches(*(field[inside] for field in matches))
-
-    def keypoints_of(
-        self,
-        features0: Features,
-        features1: Features,
-        coarse: CoarseOutput,
-        selected: CoarseMatches,
-        mode: GradientMode,
-    ) -> Matches:
-        """Keypoints of selected cells, wherever they lie."""
-        options = self.config
-        fine0, fine1 = self.fine_features(features0, features1, coarse)
-        windows = window_match(
-            fine0,
-            fine1,
-            selected.batch,
-            selected.cells0,
-            selected.cells1,
-            subpixel_channels=options.subpixel_channels,
-            subpixel_temperature=options.subpixel_temperature,
-            centred_subpixel=options.centred_subpixel,
-            soft_temperature=None if mode == "hard" else options.soft_temperature,
-        )
-        keypoints0, keypoints1 = keypoints_from_windows(selected, windows, coarse, mode, options)
-        return Matches(keypoints0, keypoints1, selected.confidence, selected.batch)
 
     def fine_features(
         self, features0: Features, features1: Features, coarse: CoarseOutput

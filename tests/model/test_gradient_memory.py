@@ -4,14 +4,11 @@
 import math
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from eloftr_ops.training.end_to_end import homography_objective
+from support.memory import LargestTensor
 from support.models import random_images, tiny_model
 
 LIMIT = 2e9  # bytes of the process beyond the interpreter with torch and this package loaded
@@ -37,25 +34,6 @@ objective = homography_objective(model, pair.image0, pair.image1, pair.H_0to1.fl
 objective.loss.backward()
 print(len(objective.matches.confidence), bool(objective.valid), peak() - before)
 """
-
-
-class LargestTensor(TorchDispatchMode):
-    """Watches every tensor that any operation makes, in forward, recomputation and backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-        self.shapes: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
-                self.shapes.add(tuple(x.shape))
-        return out
 
 
 def test_no_matrix_of_all_cell_pairs() -> None:

@@ -63,7 +63,7 @@ def window_match(
             match, memory=[Scratch(chunk * _SCORES, upcast_for_accumulation(map0[:0])) for _ in "ab"]
         )
     parts = [
-        _recomputed(match, map0, map1, *(index[start : start + chunk] for index in (batch, cells0, cells1)))
+        recomputed(match, map0, map1, *(index[start : start + chunk] for index in (batch, cells0, cells1)))
         for start in range(0, len(batch), chunk)
     ]
     soft = soft_temperature is not None
@@ -223,7 +223,7 @@ def _inside(start: Tensor, size: int, side: int, ring: int) -> Tensor:
     return (position >= 0) & (position < 2 * size)
 
 
-def _recomputed(function: Callable[..., T], *args: Tensor) -> T:
+def recomputed(function: Callable[..., T], *args: Tensor) -> T:
     """Call ``function`` keeping only its inputs for the backward."""
     if torch.is_grad_enabled() and any(a.requires_grad for a in args):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
