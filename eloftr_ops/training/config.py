@@ -15,6 +15,7 @@ from eloftr_ops.checks import MIN_SIZE
 from eloftr_ops.data.scenes import SceneConfig
 from eloftr_ops.data.synthetic import SyntheticConfig
 from eloftr_ops.training.end_to_end import EndToEndConfig
+from eloftr_ops.training.expected_reward import ObjectiveConfig
 
 SourceKind = Literal["homographies", "scenes", "megadepth", "scannet", "json"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
@@ -338,5 +339,23 @@ class TrainingConfig:
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def __post_init__(self) -> None:
+        """The sources must have what the objective looks at.
+
+        Raises:
+            ValueError: none of them has.
+        """
+        kinds = {source.kind for source in self.data.sources}
+        if self.objective.kind == "homography_reward" and not kinds & {"homographies", "json"}:
+            raise ValueError(
+                "objective.kind: expected pairs with homographies (homographies, json), got "
+                f"{', '.join(sorted(kinds))}."
+            )
+        if self.objective.kind == "pose_reward" and kinds == {"homographies"}:
+            raise ValueError(
+                "objective.kind: expected pairs with poses (scenes, megadepth, scannet, json), got homographies."
+            )

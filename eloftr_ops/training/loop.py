@@ -28,6 +28,7 @@ from eloftr_ops.training.config import ModelConfig, TrainingConfig
 from eloftr_ops.training.config_file import config_to_dict, read_config, write_config
 from eloftr_ops.training.data import PairMixture, Textures, batches, validation_batches
 from eloftr_ops.training.interruption import SIGNALS, Interruption
+from eloftr_ops.training.objective import TERMS, term_weights
 from eloftr_ops.training.optimization import learning_rate
 from eloftr_ops.training.report import Reporter
 from eloftr_ops.training.trainer import StepResult, Trainer
@@ -228,17 +229,19 @@ class _Run:
     def _log_step(self, result: StepResult) -> None:
         trainer = self.trainer
         self.reporter.advance(trainer.step)
+        supervised = self._config.objective.kind == "supervised"
         if not result.taken:
-            cause = "no true pair" if result.finite else "a non-finite loss or gradient"
+            nothing = "no true pair" if supervised else "nothing that was drawn earned a reward"
+            cause = nothing if result.finite else "a non-finite loss or gradient"
             self.reporter.say(f"step {trainer.step} skipped: {cause}")
         if not result.finite or trainer.step % self._config.run.log_every:
             return
-        weights = {"homography": self._config.loss.homography_weight, "pose": self._config.loss.pose_weight}
-        losses = {name: value for name, value in result.losses.items() if weights.get(name, 1.0) > 0}
+        weights = dict(zip(TERMS, term_weights(self._config.loss, self._config.objective), strict=True))
+        losses = {name: value for name, value in result.losses.items() if weights[name] > 0}
         values = {
             "loss": result.loss,
             **losses,
-            "confidence": result.confidence,
+            "confidence" if supervised else "reward": result.confidence,
             "gradient_norm": result.gradient_norm,
             "learning_rate": learning_rate(trainer.step - 1, self._config.run.steps, self._config.optimizer),
             "skipped": trainer.skipped,

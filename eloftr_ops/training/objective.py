@@ -12,12 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from eloftr_ops.losses.expected_reward import Candidates
 from eloftr_ops.losses.matching import coarse_focal_loss, window_losses
 from eloftr_ops.model.coarse import match_cells, score_cells, select_matches
 from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.training.batches import DEPTH, HOMOGRAPHY, POSE, TrainingBatch
 from eloftr_ops.training.config import LossConfig
 from eloftr_ops.training.end_to_end import homography_objective_of_matches, pose_objective_of_matches
+from eloftr_ops.training.expected_reward import ObjectiveConfig, RewardLoss, reward_of_kind, reward_of_stages
 from eloftr_ops.training.optimization import evaluation_mode
 from eloftr_ops.training.supervision import (
     pad_with_true_pairs,
@@ -27,9 +29,9 @@ from eloftr_ops.training.supervision import (
     window_targets_from_depth,
     window_targets_from_homography,
 )
-from eloftr_ops.types import CoarsePairs, Matches, WindowTargets
+from eloftr_ops.types import CoarseOutput, CoarsePairs, Features, Matches, WindowTargets
 
-TERMS = ("coarse", "pixel", "subpixel", "homography", "pose")
+TERMS = ("coarse", "pixel", "subpixel", "homography", "pose", "reward")
 
 
 class Labels(NamedTuple):
@@ -69,13 +71,21 @@ def batch_losses(
         labels = fine_labels(batch, labels, config, len(labels.pairs.batch))
     sums, confidence = loss_sums(matcher, batch, labels, config)
     counts = label_counts(batch, labels).clamp_min(1).to(sums)
-    return BatchLosses(*torch.cat([sums / counts, (confidence / counts[0])[None].to(sums)]).unbind())
+    return BatchLosses(*torch.cat([(sums / counts)[:5], (confidence / counts[0])[None].to(sums)]).unbind())
 
 
-def term_weights(config: LossConfig) -> list[float]:
-    """Weights of the terms, in the order of ``TERMS``."""
+def term_weights(config: LossConfig, objective: ObjectiveConfig | None = None) -> list[float]:
+    """Weights of the terms, in the order of ``TERMS``; a reward takes the place of the true matches."""
+    if objective is not None and objective.kind != "supervised":
+        return [0.0, 0.0, 0.0, config.homography_weight, config.pose_weight, 1.0]
     subpixel = config.fine_weight * config.subpixel_weight
-    return [1.0, config.fine_weight, subpixel, config.homography_weight, config.pose_weight]
+    return [1.0, config.fine_weight, subpixel, config.homography_weight, config.pose_weight, 0.0]
+
+
+def no_labels(batch: TrainingBatch) -> Labels:
+    """What training by rewards gets: no true pair."""
+    nothing = batch.kinds.new_zeros(0)
+    return Labels(CoarsePairs(nothing, nothing, nothing), None)
 
 
 @torch.no_grad()
@@ -155,46 +165,48 @@ def fine_labels(batch: TrainingBatch, labels: Labels, config: LossConfig, total:
     return labels._replace(windows=windows, targets=flat)
 
 
-def label_counts(batch: TrainingBatch, labels: Labels) -> Tensor:
-    """(5,) int64, in the order of ``TERMS``: the number of targets of each loss."""
+def label_counts(batch: TrainingBatch, labels: Labels, objective: ObjectiveConfig | None = None) -> Tensor:
+    """(6,) int64, in the order of ``TERMS``: the number of targets of each loss."""
     pixels = batch.kinds.new_zeros(()) if labels.targets is None else labels.targets.visible.sum()
     flat = (batch.kinds == HOMOGRAPHY).sum()
+    rewarded = _rewarded(batch, objective or ObjectiveConfig()).sum()
     return torch.stack(
-        [pixels.new_tensor(len(labels.pairs.batch)), pixels, pixels, flat, len(batch.kinds) - flat]
+        [pixels.new_tensor(len(labels.pairs.batch)), pixels, pixels, flat, len(batch.kinds) - flat, rewarded]
     )
 
 
 def loss_sums(
-    matcher: EfficientLoFTR, batch: TrainingBatch, labels: Labels, config: LossConfig
+    matcher: EfficientLoFTR,
+    batch: TrainingBatch,
+    labels: Labels,
+    config: LossConfig,
+    objective: ObjectiveConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sums (5,) of the losses in the order of ``TERMS``, and the sum of the true pairs' confidences.
+    """Sums (6,) of the losses in the order of ``TERMS``, and the sum of what is worth watching.
 
-    Pairs of images whose matches determine no homography or pose cost zero in those two terms, and count.
+    That is the confidence of the true pairs of cells, or with an objective of rewards, the reward of the pairs of
+    images. Pairs of images whose matches determine no homography or pose cost zero in those two terms, and count.
     """
     end_to_end = config.homography_weight > 0 or config.pose_weight > 0
-    features0, features1 = matcher.extract_pair(matcher.check_input(batch.matcher_input()))
-    coarse0, coarse1 = matcher.transform(features0, features1)
+    sides = matcher.extract_pair(matcher.check_input(batch.matcher_input()))
     score = match_cells if end_to_end else score_cells
-    cells = score(coarse0, coarse1, features0.coarse_mask, features1.coarse_mask, matcher.config)
-    coarse, confidence = coarse_focal_loss(cells.scores, labels.pairs, matcher.config, reduction="sum")
-    pixel = subpixel = homography = pose = coarse.new_zeros(())
-    if labels.windows is not None and labels.targets is not None:
-        fine0, fine1 = matcher.fine_features(features0, features1, cells)
-        pixel, subpixel = window_losses(
-            fine0,
-            fine1,
-            labels.windows,
-            labels.targets,
-            matcher.config,
-            divergence=config.subpixel_divergence,
-            reduction="sum",
-        )
+    coarse0, coarse1 = matcher.transform(*sides)
+    cells = score(coarse0, coarse1, sides[0].coarse_mask, sides[1].coarse_mask, matcher.config)
+    if objective is not None and objective.kind != "supervised":
+        coarse = pixel = subpixel = cells.coarse0.new_zeros(()).float()
+        rewarded = _reward_sums(matcher, batch, sides, cells, objective)
+        reward, watched, trust = rewarded.loss, rewarded.reward.sum(), rewarded.reward
+    else:
+        coarse, watched = coarse_focal_loss(cells.scores, labels.pairs, matcher.config, reduction="sum")
+        pixel, subpixel = _window_sums(matcher, sides, cells, labels, config)
+        reward, trust = coarse.new_zeros(()), None
+    homography = pose = coarse.new_zeros(())
     if end_to_end:
         selected = select_matches(cells, matcher.config)
-        matches = matcher.refine(features0, features1, cells, selected, config.end_to_end.mode)
-        homography, pose = _geometric_sums(matches, batch, config)
-    terms = (coarse, pixel, subpixel, homography, pose)
-    return torch.stack([term.to(coarse.dtype) for term in terms]), confidence
+        matches = matcher.refine(*sides, cells, selected, config.end_to_end.mode)
+        homography, pose = _geometric_sums(matches, batch, config, trust)
+    terms = (coarse, pixel, subpixel, homography, pose, reward)
+    return torch.stack([term.to(coarse.dtype) for term in terms]), watched.to(coarse.dtype)
 
 
 class Part:
@@ -214,40 +226,107 @@ class Objective(nn.Module):
     Args:
         matcher: what is trained.
         config: what is learnt.
+        objective: true matches, or a reward.
         touch_all: give every parameter a gradient, zero where a part does not use it: processes that average their
             gradients wait for each other's.
     """
 
-    def __init__(self, matcher: EfficientLoFTR, config: LossConfig, *, touch_all: bool) -> None:
+    def __init__(
+        self,
+        matcher: EfficientLoFTR,
+        config: LossConfig,
+        objective: ObjectiveConfig | None = None,
+        *,
+        touch_all: bool,
+    ) -> None:
         super().__init__()
         self.matcher, self.config, self.touch_all = matcher, config, touch_all
+        self.objective = objective or ObjectiveConfig()
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Loss of the part, and its sums (6,): the terms, then the confidence of true pairs, without gradient."""
+        """Loss of the part, and its sums (7,): the terms, then what is worth watching, without gradient."""
         batch, labels, counts = part.batch, part.labels, part.counts
         zero = counts.new_zeros((), dtype=torch.float32)
         if self.touch_all or batch is None:
             zero = torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0
         if batch is None or labels is None:
             return zero, zero.detach().expand(len(TERMS) + 1).clone()
-        sums, confidence = loss_sums(self.matcher, batch, labels, self.config)
-        weights = sums.new_tensor(term_weights(self.config)) / counts.clamp_min(1).to(sums)
+        sums, watched = loss_sums(self.matcher, batch, labels, self.config, self.objective)
+        weights = sums.new_tensor(term_weights(self.config, self.objective)) / counts.clamp_min(1).to(sums)
         # A term of weight zero must not carry its infinities into the loss.
         loss = torch.where(weights > 0, sums * weights, 0).sum() + zero
-        return loss, torch.cat([sums.detach(), confidence[None].to(sums)])
+        return loss, torch.cat([sums.detach(), watched[None].to(sums)])
 
 
-def _geometric_sums(matches: Matches, batch: TrainingBatch, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Sums of the end-to-end losses, each over the pairs that it has the truth of."""
+def _window_sums(
+    matcher: EfficientLoFTR,
+    sides: tuple[Features, Features],
+    cells: CoarseOutput,
+    labels: Labels,
+    config: LossConfig,
+) -> tuple[Tensor, Tensor]:
+    """Sums of the pixel and sub-pixel losses; zero where the fine stage is not trained."""
+    if labels.windows is None or labels.targets is None:
+        zero = cells.coarse0.new_zeros(())
+        return zero, zero
+    fine = matcher.fine_features(*sides, cells)
+    return window_losses(
+        *fine,
+        labels.windows,
+        labels.targets,
+        matcher.config,
+        divergence=config.subpixel_divergence,
+        reduction="sum",
+    )
+
+
+def _rewarded(batch: TrainingBatch, objective: ObjectiveConfig) -> Tensor:
+    """(B,) bool: pairs of images that the reward is of."""
+    if objective.kind == "homography_reward":
+        return batch.kinds == HOMOGRAPHY
+    if objective.kind == "pose_reward":
+        return batch.kinds != HOMOGRAPHY
+    return torch.full_like(batch.kinds, objective.kind == "support", dtype=torch.bool)
+
+
+def _reward_sums(
+    matcher: EfficientLoFTR,
+    batch: TrainingBatch,
+    sides: tuple[Features, Features],
+    cells: CoarseOutput,
+    objective: ObjectiveConfig,
+) -> RewardLoss:
+    """The loss of the drawn matches, by the reward that is configured; pairs without its label get none."""
+    size_hw = (batch.image0.shape[-2], batch.image0.shape[-1])
+    truth = {"H_0to1": batch.H_0to1, "T_0to1": batch.T_0to1, "K0": batch.K0, "K1": batch.K1}
+    reward, geometry = reward_of_kind(objective, size_hw=size_hw, **truth)
+    known = _rewarded(batch, objective)
+
+    def of_known(found: Candidates, strictness: float) -> Tensor:
+        return reward(found, strictness) * known[found.pairs]
+
+    seeds = batch.seeds.to(known.device)
+    return reward_of_stages(matcher, sides, cells, of_known, geometry, objective, seeds)
+
+
+def _geometric_sums(
+    matches: Matches, batch: TrainingBatch, config: LossConfig, trust: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Sums of the end-to-end losses, each over the pairs that it has the truth of.
+
+    With rewards, each pair counts by its own: where no draw leads to a model, the gradient through the matches
+    is that of wrong ones.
+    """
     flat = batch.kinds == HOMOGRAPHY
     homography = pose = matches.confidence.new_zeros(())
     height, width = batch.image0.shape[-2:]
+    share: Tensor | float = 1.0 if trust is None else trust
     if config.homography_weight > 0:
         result = homography_objective_of_matches(matches, (height, width), batch.H_0to1, config.end_to_end)
-        homography = torch.where(flat, result.per_pair, 0).sum()
+        homography = torch.where(flat, result.per_pair * share, 0).sum()
     if config.pose_weight > 0:
         result = pose_objective_of_matches(matches, batch.K0, batch.K1, batch.T_0to1, config.end_to_end)
-        pose = torch.where(flat, 0, result.per_pair).sum()
+        pose = torch.where(flat, 0, result.per_pair * share).sum()
     return homography, pose
 
 

@@ -27,6 +27,7 @@ from eloftr_ops.training.objective import (
     coarse_labels,
     fine_labels,
     label_counts,
+    no_labels,
     term_weights,
 )
 from eloftr_ops.training.optimization import averaged, build_optimizer, learning_rate, train_mode
@@ -37,8 +38,8 @@ class GradientResult(NamedTuple):
 
     loss: float
     losses: dict[str, float]  # by term: mean over the joined batch, before weights
-    confidence: float  # mean of the true pairs
-    pairs: int  # true pairs of cells
+    confidence: float  # mean of the true pairs; with rewards, the mean reward
+    pairs: int  # true pairs of cells; with rewards, pairs of images
     finite: bool
 
 
@@ -47,9 +48,9 @@ class StepResult(NamedTuple):
 
     loss: float
     losses: dict[str, float]  # by term: mean over the joined batch, before weights
-    confidence: float  # mean of the true pairs
+    confidence: float  # mean of the true pairs; with rewards, the mean reward
     gradient_norm: float  # before clipping
-    pairs: int  # true pairs of cells
+    pairs: int  # true pairs of cells; with rewards, pairs of images
     taken: bool  # the weights were changed
     finite: bool
 
@@ -85,7 +86,7 @@ class Trainer:
         self.best_score = -1.0
         self.seconds = 0.0
         self._adam = build_optimizer(matcher, config.optimizer)
-        objective = Objective(matcher, config.loss, touch_all=fabric.world_size > 1)
+        objective = Objective(matcher, config.loss, config.objective, touch_all=fabric.world_size > 1)
         self._module, self._optimizer = fabric.setup(objective, self._adam)
         self.average = averaged(matcher, config.optimizer.ema_decay)
         if config.model.compile:
@@ -151,14 +152,16 @@ class Trainer:
     def _label(
         self, batches: Sequence[TrainingBatch | None], fine: bool
     ) -> tuple[list[Labels | None], Tensor]:
-        """Labels of the parts, and the counts (5,) of the joined batch."""
-        config, device = self.config.loss, self.fabric.device
+        """Labels of the parts, and the counts (6,) of the joined batch."""
+        config, objective, device = self.config.loss, self.config.objective, self.fabric.device
+        if objective.kind != "supervised":
+            unlabelled = [None if batch is None else no_labels(batch) for batch in batches]
+            return unlabelled, self.joined(self._counted(batches, unlabelled))
         with self.fabric.autocast():
             labels = [
                 None if batch is None else coarse_labels(self.matcher, batch, config, fine=fine)
                 for batch in batches
             ]
-        counts = torch.zeros(len(TERMS), device=device, dtype=torch.int64)
         if fine:
             own = sum(len(found.pairs.batch) for found in labels if found is not None)
             total = int(self.joined(torch.tensor([own], device=device)))
@@ -166,16 +169,21 @@ class Trainer:
                 None if batch is None or found is None else fine_labels(batch, found, config, total)
                 for batch, found in zip(batches, labels, strict=True)
             ]
+        return labels, self.joined(self._counted(batches, labels))
+
+    def _counted(self, batches: Sequence[TrainingBatch | None], labels: Sequence[Labels | None]) -> Tensor:
+        """Label counts (6,) of the parts of this process."""
+        counts = torch.zeros(len(TERMS), device=self.fabric.device, dtype=torch.int64)
         for batch, found in zip(batches, labels, strict=True):
             if batch is not None and found is not None:
-                counts += label_counts(batch, found)
-        return labels, self.joined(counts)
+                counts += label_counts(batch, found, self.config.objective)
+        return counts
 
     def _result(self, sums: Tensor, counts: Tensor) -> GradientResult:
         means = sums[:-1] / counts.clamp_min(1)
-        weighted = zip(means.tolist(), term_weights(self.config.loss), strict=True)
+        weighted = zip(means.tolist(), term_weights(self.config.loss, self.config.objective), strict=True)
         loss = sum(mean * weight for mean, weight in weighted if weight > 0)
-        pairs = int(counts[0])
+        pairs = int(counts[0] if self.config.objective.kind == "supervised" else counts[-1])
         return GradientResult(
             loss=loss,
             losses=dict(zip(TERMS, means.tolist(), strict=True)),

@@ -41,7 +41,7 @@ SHORT: dict[str, dict[str, Any]] = {
 
 def short(folder: Path, **changes: dict[str, Any]) -> TrainingConfig:
     """A run of seconds; ``changes`` are fields by section."""
-    sections = {name: {**fields, **changes.get(name, {})} for name, fields in SHORT.items()}
+    sections = {name: {**SHORT.get(name, {}), **changes.get(name, {})} for name in {**SHORT, **changes}}
     sections["run"]["folder"] = str(folder)
     return config_from_dict(sections)
 

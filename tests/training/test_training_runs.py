@@ -52,7 +52,7 @@ def test_a_non_finite_step_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
     before = _state(trainer)
     with monkeypatch.context() as broken:
         broken.setattr(
-            "eloftr_ops.training.objective.term_weights", lambda config: [math.inf, 0.5, 0.5, 0.0, 0.0]
+            "eloftr_ops.training.objective.term_weights", lambda *_: [math.inf, 0.5, 0.5, 0.0, 0.0, 0.0]
         )
         result = trainer.take_step(part)
     assert (result.finite, result.taken, trainer.skipped, trainer.bad_in_a_row) == (False, False, 1, 1)

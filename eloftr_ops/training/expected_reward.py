@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training by rewards: draw matches, estimate a model from them, reward what led to a good one.
+
+The reward is any function of the estimated model; it needs no gradient. Cells first, by the model that a draw of them
+gives. Then pixels, in the windows of cells that agree with a good model, by a finer model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eloftr_kernels.noise import gumbel, keys
+from eloftr_ops.geometry import estimate_robust, fundamental_from_pose
+from eloftr_ops.geometry._residuals import SampsonResidual, TransferResidual
+from eloftr_ops.losses.expected_reward import (
+    Candidates,
+    agreement_rewards,
+    expected_reward_loss,
+    homography_reward,
+    leave_one_out,
+    pose_reward,
+    support_reward,
+)
+from eloftr_ops.model.coarse import score_cells
+from eloftr_ops.model.matcher import EfficientLoFTR
+from eloftr_ops.model.sampling import check_sampling, draw_cells, draw_pixels, pair_seeds
+from eloftr_ops.types import CoarseOutput, Features, SampledMatches, SampledPixels
+
+ObjectiveKind = Literal["supervised", "homography_reward", "pose_reward", "support"]
+Reward = Callable[
+    [Candidates, float], Tensor
+]  # of N models, and of the factor on the error that still counts
+_LEAST_WINDOWS = 8  # of a pair, for a finer model
+_WINDOW_STREAM = 1 << 21
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What a training step goes down, and how matches are drawn for a reward.
+
+    Args:
+        kind: ``supervised`` by true matches (section ``loss``); or by drawn matches alone, with the error of the
+            homography or pose that they give, or for pairs without labels their support, as the reward.
+        draws: of cells, of each pair of images; they are each other's baseline.
+        matches: pairs of cells in a draw.
+        windows: of each pair of images, whose pixels are drawn; 0 for cells alone.
+        pixels: pairs of pixels drawn in each of them.
+        fits: finer models of each pair of images, each from its share of the pixels.
+        model: that support is counted for: ``homography`` or ``fundamental``.
+        cell_threshold: pixels up to which a pair of cells agrees with a model.
+        pixel_threshold: pixels up to which a pair of pixels does.
+        scale: error from which on the reward is zero, pixels or degrees.
+        strictness: factor on ``scale`` for the finer models. Too lenient, it rewards windows that agree on a wrong
+            shift.
+        chance: for ``support``: share of matches that agrees by chance.
+        penalty: of matches that do not agree with a good model, relative to its reward.
+        pixel_weight: of the loss of pixels.
+        entropy: weight of the entropy of cells.
+        baseline: compare the draws of a pair with each other.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    kind: ObjectiveKind = "supervised"
+    draws: int = 2
+    matches: int = 384
+    windows: int = 100
+    pixels: int = 16
+    fits: int = 4
+    model: Literal["homography", "fundamental"] = "homography"
+    cell_threshold: float = 7.0
+    pixel_threshold: float = 2.5
+    scale: float = 16.0
+    strictness: float = 0.25
+    chance: float = 0.05
+    penalty: float = 0.25
+    pixel_weight: float = 1.0
+    entropy: float = 0.0
+    baseline: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("draws", 1, 1000),
+            ("matches", 8, 1 << 20),
+            ("windows", 0, 1 << 20),
+            ("pixels", 2, 4096),
+            ("fits", 1, self.pixels),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name}: expected {least} to {most}, got {getattr(self, name)}.")
+        if self.pixels % self.fits:
+            raise ValueError(f"fits: expected a divisor of pixels, {self.pixels}, got {self.fits}.")
+        for name in ("cell_threshold", "pixel_threshold", "scale", "strictness"):
+            if not 0 < getattr(self, name) < 1e9:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}.")
+        for name in ("penalty", "pixel_weight", "entropy"):
+            if not 0 <= getattr(self, name) < 1e9:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}.")
+        if not 0 <= self.chance < 1:
+            raise ValueError(f"chance: expected a share in [0, 1), got {self.chance}.")
+
+
+class Geometry(NamedTuple):
+    """Which model is estimated."""
+
+    model: Literal["homography", "fundamental", "pose"]
+    K0: Tensor | None = None  # (B, 3, 3), for poses
+    K1: Tensor | None = None
+
+
+class RewardLoss(NamedTuple):
+    """The loss of one batch of B pairs; watch ``reward``."""
+
+    loss: Tensor  # () mean over the pairs
+    per_pair: Tensor  # (B,)
+    reward: Tensor  # (B,) mean over the draws, without gradient
+    fine_reward: Tensor  # (B,) of the finer model; zero without one
+    support: Tensor  # (B,) mean share of drawn matches that agree with their model
+
+
+class _Judged(NamedTuple):
+    """Models of N groups of matches."""
+
+    found: Candidates
+    distance: Tensor  # (M,) of each match from the model of its group, pixels; infinite where there is none
+
+
+def reward_objective(
+    model: EfficientLoFTR,
+    image0: Tensor,
+    image1: Tensor,
+    reward: Reward,
+    geometry: Geometry,
+    config: ObjectiveConfig | None = None,
+    *,
+    mask0: Tensor | None = None,
+    mask1: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> RewardLoss:
+    """Loss of a batch by a reward of your own, for your own training loop.
+
+    Convention:
+        - Frame of the models: that of the keypoints, the centre of pixel (x, y) at (x + 0.5, y + 0.5).
+        - ``reward(found, strictness)`` gets N candidates and returns (N,) in [0, 1], 0 for a failure. Strictness is 1
+          for models from cells and ``config.strictness`` for those from pixels, whose errors should be smaller.
+        - Models are found by :func:`eloftr_ops.geometry.estimate_robust`, on the CPU.
+        - A pair without a success costs zero, with zero gradient. No gradient is NaN or infinite.
+
+    Args:
+        model: the matcher, in training or evaluation mode (which decides on BatchNorm statistics).
+        image0: (B, 1, H0, W0) in [0, 1].
+        image1: (B, 1, H1, W1) in [0, 1].
+        reward: of the estimated models.
+        geometry: which model is estimated.
+        config: how matches are drawn; its ``kind`` and ``scale`` are not looked at.
+        mask0: (B, H0, W0), zero where there is no image.
+        mask1: (B, H1, W1).
+        generator: of what is drawn.
+
+    Raises:
+        ValueError, TypeError: as ``model.sample_matches``; or a reward of another shape, or not finite.
+    """
+    config = config or ObjectiveConfig()
+    data = {"image0": image0, "image1": image1, "mask0": mask0, "mask1": mask1}
+    sides = model.extract_pair(model.check_input(data))
+    coarse = score_cells(*model.transform(*sides), sides[0].coarse_mask, sides[1].coarse_mask, model.config)
+    seeds = pair_seeds(len(image0), generator, model.device)
+    result = reward_of_stages(model, sides, coarse, reward, geometry, config, seeds)
+    return result._replace(loss=result.per_pair.mean())
+
+
+def reward_of_stages(
+    model: EfficientLoFTR,
+    sides: tuple[Features, Features],
+    coarse: CoarseOutput,
+    reward: Reward,
+    geometry: Geometry,
+    config: ObjectiveConfig,
+    seeds: Tensor,
+) -> RewardLoss:
+    """:func:`reward_objective` of stages that have run; ``loss`` is the sum over the pairs."""
+    check_sampling(model.config, config.draws, config.matches, config.pixels)
+    drawn = draw_cells(*sides, coarse, model.config, seeds=seeds, draws=config.draws, matches=config.matches)
+    judged, agrees = _judge_cells(drawn, geometry, config)
+    rewards = _checked(reward(judged.found, 1.0), judged.found).view(agrees.shape[:2])
+    rewards = rewards.to(drawn.log_probability)
+    per_pair = expected_reward_loss(
+        drawn.log_probability,
+        agreement_rewards(rewards, agrees, penalty=config.penalty, baseline=config.baseline),
+        valid=drawn.valid,
+        baseline=False,
+        entropy=config.entropy,
+        reduction="none",
+    )
+    fine_rewards = torch.zeros_like(per_pair.detach())
+    if config.windows > 0 and config.pixel_weight > 0:
+        rows = _windows_to_draw(agrees & (rewards > 0)[..., None], seeds, config.windows)
+        if len(rows) > 0:
+            fine = model.fine_features(*sides, coarse)
+            pixels = draw_pixels(
+                *sides, coarse, *fine, model.config, drawn, rows=rows, seeds=seeds, pixels=config.pixels
+            )
+            batch = rows // drawn.valid[0].numel()
+            of_pixels, fine_rewards = _pixel_losses(pixels, batch, len(seeds), reward, geometry, config)
+            per_pair = per_pair + config.pixel_weight * of_pixels
+    support = judged.found.support.view(agrees.shape[:2]).mean(1)
+    return RewardLoss(per_pair.sum(), per_pair, rewards.mean(1), fine_rewards, support)
+
+
+def reward_of_kind(
+    config: ObjectiveConfig,
+    *,
+    size_hw: tuple[int, int],
+    H_0to1: Tensor | None = None,
+    T_0to1: Tensor | None = None,
+    K0: Tensor | None = None,
+    K1: Tensor | None = None,
+) -> tuple[Reward, Geometry]:
+    """The reward that ``config.kind`` names, of pairs with these labels, and the model that it is of.
+
+    Raises:
+        ValueError: a kind without a reward, or without its labels.
+    """
+    if config.kind == "homography_reward" and H_0to1 is not None:
+        truth = H_0to1
+        return (
+            lambda found, strictness: homography_reward(
+                found, truth, size_hw, scale=config.scale * strictness
+            ),
+            Geometry("homography"),
+        )
+    if config.kind == "pose_reward" and T_0to1 is not None:
+        pose = T_0to1
+        return (
+            lambda found, strictness: pose_reward(found, pose, scale=config.scale * strictness),
+            Geometry("pose", K0, K1),
+        )
+    if config.kind == "support":
+        return lambda found, strictness: support_reward(found, chance=config.chance), Geometry(config.model)
+    raise ValueError(f"kind: expected a reward whose labels are there, got {config.kind}.")
+
+
+@torch.no_grad()
+def _judge_cells(
+    drawn: SampledMatches, geometry: Geometry, config: ObjectiveConfig
+) -> tuple[_Judged, Tensor]:
+    """The model of each draw, and which drawn matches (B, D, K) agree with it."""
+    pairs, draws, _ = drawn.valid.shape
+    group = torch.arange(pairs * draws, device=drawn.valid.device)
+    index = group.view(pairs, draws, 1).expand_as(drawn.valid)[drawn.valid]
+    points = drawn.keypoints0[drawn.valid], drawn.keypoints1[drawn.valid]
+    judged = _judge(*points, index, group // draws, geometry, config.cell_threshold)
+    agrees = torch.zeros_like(drawn.valid)
+    agrees[drawn.valid] = judged.distance < config.cell_threshold
+    return judged, agrees
+
+
+def _pixel_losses(
+    pixels: SampledPixels,
+    batch: Tensor,
+    pairs: int,
+    reward: Reward,
+    geometry: Geometry,
+    config: ObjectiveConfig,
+) -> tuple[Tensor, Tensor]:
+    """(B,) mean over the windows of each pair, zero for those without a finer model; and the mean reward of those."""
+    with torch.no_grad():
+        fits, shape = config.fits, pixels.valid.shape
+        fit = torch.arange(shape[1], device=batch.device) // (shape[1] // fits)
+        index = (batch[:, None] * fits + fit)[pixels.valid]
+        points = pixels.keypoints0[pixels.valid], pixels.keypoints1[pixels.valid]
+        group = torch.arange(pairs * fits, device=batch.device)
+        judged = _judge(*points, index, group // fits, geometry, config.pixel_threshold)
+        counts = torch.bincount(batch, minlength=pairs)
+        of_models = _checked(reward(judged.found, config.strictness), judged.found).view(pairs, fits)
+        of_models = (of_models * (counts >= _LEAST_WINDOWS)[:, None]).to(pixels.log_probability)
+        worth = of_models + (leave_one_out(of_models) if config.baseline else 0)
+        near = torch.zeros_like(pixels.log_probability)
+        near[pixels.valid] = (-0.5 * judged.distance.square()).exp().to(near)
+        rewards = near * worth[batch][:, fit]
+    per_window = expected_reward_loss(pixels.log_probability, rewards, valid=pixels.valid, reduction="none")
+    total = per_window.new_zeros(pairs).index_add(0, batch, per_window)
+    return total * config.pixels / counts.clamp_min(1), of_models.mean(1)
+
+
+@torch.no_grad()
+def _judge(
+    keypoints0: Tensor,
+    keypoints1: Tensor,
+    index: Tensor,
+    pairs: Tensor,
+    geometry: Geometry,
+    threshold: float,
+) -> _Judged:
+    """Robust models of groups of matches, and each match's distance from the model of its group."""
+    cameras = [None if K is None else K[pairs] for K in (geometry.K0, geometry.K1)]
+    estimate = estimate_robust(
+        keypoints0,
+        keypoints1,
+        index,
+        batch_size=len(pairs),
+        model=geometry.model,
+        K0=cameras[0],
+        K1=cameras[1],
+        threshold=threshold,
+        confidence=0.999,
+        max_iterations=3000,
+    )
+    matrices, residual = estimate.model_0to1.double(), SampsonResidual.value
+    if geometry.model == "homography":
+        residual = TransferResidual.value
+    elif cameras[0] is not None and cameras[1] is not None:
+        matrices = fundamental_from_pose(matrices, cameras[0].to(matrices), cameras[1].to(matrices))
+    found = residual(matrices[index], keypoints0.double()[:, None], keypoints1.double()[:, None])
+    distance = torch.linalg.vector_norm(found[:, 0], dim=-1)
+    distance = torch.where(estimate.valid[index], distance, torch.inf)
+    agreeing = torch.bincount(index[distance < threshold], minlength=len(pairs))
+    support = agreeing / torch.bincount(index, minlength=len(pairs)).clamp_min(1)
+    return _Judged(Candidates(estimate.model_0to1, estimate.valid, pairs, support), distance)
+
+
+def _windows_to_draw(chosen: Tensor, seeds: Tensor, most: int) -> Tensor:
+    """(N,) rows of the chosen of (B, D, K) matches, by chance at most so many of each pair."""
+    flat = chosen.flatten(1)
+    columns = torch.arange(flat.shape[1], device=flat.device)
+    noise = gumbel(keys(seeds, _WINDOW_STREAM)[:, None], keys(columns))
+    _, kept = noise.masked_fill(~flat, -torch.inf).topk(min(most, flat.shape[1]), 1)
+    rows = kept + torch.arange(len(flat), device=flat.device)[:, None] * flat.shape[1]
+    return rows[flat.gather(1, kept)]
+
+
+def _checked(rewards: Tensor, found: Candidates) -> Tensor:
+    """Of a user's function: the right shape, finite, no gradient."""
+    if not isinstance(rewards, Tensor) or rewards.shape != found.valid.shape:
+        shape = tuple(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
+        raise ValueError(f"reward: expected a tensor (N,) = {tuple(found.valid.shape)}, got {shape}.")
+    if not bool(torch.isfinite(rewards).all()):
+        raise ValueError("reward: expected finite numbers, got NaN or infinity. Return 0 for a failure.")
+    return rewards.detach()
