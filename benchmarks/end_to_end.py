@@ -5,9 +5,10 @@ python -m benchmarks.end_to_end --photos FOLDER [--task homography] [--change bl
 
 Image 1 of every pair changes its look. The embedded ``small`` model is tuned for it in several ways from the same
 start, on the same pairs in the same order: through matches -> model -> loss with straight-through (``end_to_end``) and
-hard (``hard``) gradients, and by true matches (``supervised``). Every fourth photograph is held out: the accuracy is
-that on pairs rendered from those. ``--validate`` renders them from the training photographs instead, for choosing
-learning rates. Each variant is written to the JSON file as soon as it is done; one that is there is not run again.
+hard (``hard``) gradients, by true matches (``supervised``), and by the reward of matches that are drawn (``reward``).
+Every fourth photograph is held out: the accuracy is that on pairs rendered from those. ``--validate`` renders them from
+the training photographs instead, for choosing learning rates. Each variant is written to the JSON file as soon as it is
+done; one that is there is not run again. A run that was stopped goes on from its last ten steps.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ from eloftr_ops.losses import corner_error_loss, rotation_angle, translation_dir
 from eloftr_ops.training.batches import batch_of_rendered
 from eloftr_ops.training.config import LossConfig
 from eloftr_ops.training.end_to_end import EndToEndConfig, finite_step, homography_objective, pose_objective
-from eloftr_ops.training.objective import batch_losses
+from eloftr_ops.training.expected_reward import ObjectiveConfig
+from eloftr_ops.training.objective import batch_losses, loss_sums, no_labels, term_weights
 
 Points = tuple[Tensor, Tensor, Tensor]  # keypoints0, keypoints1, batch_indexes
 
@@ -57,8 +59,25 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "solarise": lambda x: (2 * x - 1).abs(),
     "blur": lambda x: gaussian_blur2d(x, (31, 31), (5.0, 5.0)),
     "low_contrast": lambda x: 0.45 + 0.1 * x,
+    "thermal": lambda x: 0.8 - 0.6 * gaussian_blur2d((1.4 * x - 0.4).abs(), (9, 9), (1.5, 1.5)),
 }
 MODES: dict[str, GradientMode] = {"end_to_end": "straight_through", "hard": "hard", "soft": "soft"}
+REWARDS = {
+    "homography": ObjectiveConfig(kind="homography_reward"),
+    "pose": ObjectiveConfig(
+        kind="pose_reward", scale=20.0, strictness=0.5, cell_threshold=5.0, pixel_threshold=1.5
+    ),
+}
+THROUGH = {"homography": 0.2, "pose": 5.0}  # weight of the straight-through loss beside the reward
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "reward": {},
+    "reward_alone": {"through": 0.0},
+    "reward_cells": {"windows": 0},
+    "reward_cells_alone": {"windows": 0, "through": 0.0},
+    "reward_no_baseline": {"baseline": False},
+    "reward_lenient": {"through": 0.0, "strictness": 0.5, "fits": 1},
+    "reward_no_penalty": {"penalty": 0.0},
+}
 THRESHOLDS = {"homography": (3.0, 5.0, 10.0), "pose": (5.0, 10.0, 20.0)}  # pixels; degrees
 ROBUST_SCALE = 4.0  # pixels; of the estimator that is tuned through
 ESTIMATORS = {"linear": "least squares", "robust": "Cauchy", "consensus": "MAGSAC++"}
@@ -93,13 +112,13 @@ def main() -> None:
     held_out = tuning if options.validate else photos[::4]
     path: Path = options.json
     record = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
     record["setup"] = _setup(options, len(tuning), len(held_out))
     results = record.setdefault("results", {})
     for variant in ("start", *options.variants):
         if variant in results:
             continue
         results[variant] = run(variant, options, tuning, held_out)
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(variant, {k: v for k, v in results[variant].items() if k != "losses"}, flush=True)
     print(table(record))
@@ -112,7 +131,8 @@ def run(
     torch.manual_seed(options.seed)
     model = EfficientLoFTR.from_pretrained(options.weights)
     released = model.config
-    started, rate = time.monotonic(), options.rates.get(variant, 0.0)
+    family = "reward" if variant in ABLATIONS else variant
+    started, rate = time.monotonic(), options.rates.get(variant, options.rates.get(family, 0.0))
     losses: list[float] = []
     if variant != "start":
         model.config = released.replace(threshold=options.threshold, soft_neighbourhood=options.neighbourhood)
@@ -151,17 +171,31 @@ def tune(
     model.eval()
     parameters = list(model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=rate)
-    losses = []
-    for step in range(options.steps):
+    losses: list[float] = []
+    state: Path = options.json.with_suffix(f".{variant}.pt")
+    if state.exists():
+        model_state, optimizer_state, losses = torch.load(state, weights_only=True)
+        model.load_state_dict(model_state)
+        optimizer.load_state_dict(optimizer_state)
+    for step in range(len(losses), options.steps):
         optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 10, 1 - step / options.steps, 1.0)
         generator = torch.Generator().manual_seed((options.seed << 32) + step)
         batch = source.sample(options.batch, (options.size, options.size), generator)
-        loss = objective(model, variant, batch, CHANGES[options.change](batch.image1), generator)
+        loss = objective(model, variant, batch, changed(batch.image1, options), generator)
         taken = loss.requires_grad and finite_step(optimizer, loss, parameters)
         losses.append(round(float(loss.detach()), 4))
         if step % 10 == 0 or not taken:
             print(f"{variant} {step}: {losses[-1]}{'' if taken else ' (no step)'}", flush=True)
+        if len(losses) % 10 == 0:
+            torch.save((model.state_dict(), optimizer.state_dict(), losses), state)
+    state.unlink(missing_ok=True)
     return losses
+
+
+def changed(image1: Tensor, options: argparse.Namespace) -> Tensor:
+    """The look of image 1 changed in all pairs of a batch but the last ``options.plain``."""
+    kept = len(image1) - options.plain
+    return torch.cat([CHANGES[options.change](image1[:kept]), image1[kept:]])
 
 
 def objective(
@@ -179,10 +213,33 @@ def objective(
         seeds = torch.randint(2**62, (len(image1),), generator=generator).tolist()
         losses = batch_losses(model, batch_of_rendered(batch._replace(image1=image1), seeds), config)
         return losses.coarse + config.fine_weight * (losses.pixel + config.subpixel_weight * losses.subpixel)
+    if variant.startswith("reward"):
+        return reward_loss(model, variant, batch, image1, generator)
     through = EndToEndConfig(mode=MODES[variant], robust="cauchy", robust_scale=ROBUST_SCALE)
     if isinstance(batch, SceneBatch):
         return pose_objective(model, batch.image0, image1, batch.K0, batch.K1, batch.T_0to1, through).loss
     return homography_objective(model, batch.image0, image1, batch.H_0to1, through).loss
+
+
+def reward_loss(
+    model: EfficientLoFTR,
+    variant: str,
+    batch: HomographyBatch | SceneBatch,
+    image1: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """By drawn matches, and by the straight-through loss of pairs that have a reward: what ``train`` computes."""
+    task = "pose" if isinstance(batch, SceneBatch) else "homography"
+    changes = dict(ABLATIONS[variant])
+    through = changes.pop("through", THROUGH[task])
+    config = dataclasses.replace(REWARDS[task], **changes)
+    estimator = EndToEndConfig(robust="cauchy", robust_scale=ROBUST_SCALE)
+    losses = LossConfig(end_to_end=estimator, **{f"{task}_weight": through})
+    seeds = torch.randint(2**62, (len(image1),), generator=generator).tolist()
+    pairs = batch_of_rendered(batch._replace(image1=image1), seeds)
+    sums, reward = loss_sums(model, pairs, no_labels(pairs), losses, config)
+    print(f"{float(reward) / len(image1):.2f}", end=" ")
+    return (sums * sums.new_tensor(term_weights(losses, config))).sum() / len(image1)
 
 
 @torch.no_grad()
@@ -303,10 +360,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--photos", type=Path, required=True, help="folder of photographs")
     parser.add_argument("--task", choices=list(THRESHOLDS), default="homography")
     parser.add_argument("--change", choices=list(CHANGES), default="blur", help="of the look of image 1")
-    parser.add_argument("--variants", nargs="*", default=None, help="end_to_end, hard, soft, supervised")
+    parser.add_argument(
+        "--variants", nargs="*", default=None, help="reward, end_to_end, hard, soft, supervised"
+    )
     parser.add_argument("--rates", nargs="*", default=[], metavar="VARIANT=RATE", help="learning rates")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--plain", type=int, default=0, help="pairs of a batch whose look does not change")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--pairs", type=int, default=192, help="held-out pairs measured")
     parser.add_argument("--threshold", type=float, default=0.05, help="of the matches that are tuned through")
@@ -323,13 +383,14 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     options.rates = {**RATES[options.task], **{k: float(v) for k, v in (x.split("=") for x in options.rates)}}
     options.variants = list(RATES[options.task]) if options.variants is None else options.variants
-    options.json = options.json or Path(f"benchmarks/results/end_to_end_{options.task}.json")
+    name = f"end_to_end_{options.task}_{options.change}_{options.seed}.json"
+    options.json = options.json or Path("benchmarks/results") / name
     return options
 
 
 RATES = {  # chosen on training photographs, see docs/tutorials/end_to_end.md
-    "homography": {"end_to_end": 1e-4, "hard": 1e-4, "supervised": 3e-4},
-    "pose": {"end_to_end": 1e-4, "hard": 1e-4},
+    "homography": {"reward": 3e-4, "end_to_end": 1e-4, "hard": 1e-4, "supervised": 3e-4},
+    "pose": {"reward": 3e-4, "end_to_end": 1e-4, "hard": 1e-4},
 }
 
 
