@@ -135,7 +135,7 @@ class EfficientLoFTR(LoFTR):
             mode: ``hard``, ``straight_through`` or ``soft``; default ``config.gradient_mode``.
 
         Returns:
-            ``keypoints0`` (M, 2), ``keypoints1`` (M, 2), ``confidence`` (M,), ``batch_indexes`` (M,) int64; M may be 0.
+            ``keypoints0`` (M, 2), ``keypoints1`` (M, 2), ``confidence`` (M,), ``batch_indexes`` (M,) ascending int64.
 
         Raises:
             ValueError: shapes, sizes, ranges, devices or keys other than these.
