@@ -359,7 +359,8 @@ class EfficientLoFTR(LoFTR):
             mask = torch.ones((pixels.shape[0], height, width), dtype=torch.bool, device=pixels.device)
         if mask is not None:
             pixels, mask = F.pad(pixels.masked_fill(~mask[:, None], 0), pad), F.pad(mask, pad)
-        return Features(*self.backbone(pixels), mask=mask)
+        half, quarter, coarse = self.backbone(pixels)
+        return Features(half, quarter, coarse, mask)
 
     def transform(self, features0: Features, features1: Features) -> tuple[Tensor, Tensor]:
         """Step 2. Coarse maps after the transformer, (B, C, h0, w0) and (B, C, h1, w1)."""
@@ -397,6 +398,5 @@ class EfficientLoFTR(LoFTR):
         maps0 = coarse.coarse0, features0.quarter, features0.half
         maps1 = coarse.coarse1, features1.quarter, features1.half
         if self.training and coarse.coarse0.shape == coarse.coarse1.shape:
-            fine0, fine1 = self.pyramid(*map(torch.cat, zip(maps0, maps1, strict=True))).chunk(2)
-            return fine0, fine1
+            return self.pyramid(*map(torch.cat, zip(maps0, maps1, strict=True))).chunk(2)  # type: ignore[no-any-return]
         return self.pyramid(*maps0), self.pyramid(*maps1)
