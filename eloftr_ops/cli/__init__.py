@@ -15,6 +15,7 @@ from eloftr_ops._version import __version__
 from eloftr_ops.cli.app import app_command
 from eloftr_ops.cli.evaluate import evaluate
 from eloftr_ops.cli.export import export
+from eloftr_ops.cli.export_matches import export_matches
 from eloftr_ops.cli.match_pairs import match_pairs_command
 from eloftr_ops.cli.matching import demo, match
 from eloftr_ops.cli.reconstruct import reconstruct_command
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 for command in (match, demo, train, evaluate, export):
     app.command()(command)
+app.command("export-matches")(export_matches)
 app.command("match-pairs")(match_pairs_command)
 app.command("reconstruct")(reconstruct_command)
 app.command("app")(app_command)

@@ -35,7 +35,7 @@ from eloftr_ops.reconstruction.quantisation import quantised_tracks
 from eloftr_ops.reconstruction.tracks import TrackConfig, TrackReport, Tracks, build_tracks
 from eloftr_ops.storage import folder_lock, write_file
 
-__all__ = ["Grid", "ReconstructionReport", "reconstruct"]
+__all__ = ["Grid", "ReconstructionReport", "keypoints_of", "reconstruct"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def reconstruct(
             bulk = match_pairs(choice, output / "matches.h5", settings, **options)
             report.refused_pairs = len(bulk.refused)
         with _step(report, output, "tracks"):
-            tracks = _tracks(output / "matches.h5", settings.resize, keypoints or TrackConfig())
+            with MatchFile(output / "matches.h5") as file:
+                tracks = keypoints_of(file, settings.resize, keypoints or TrackConfig())
             report.images, report.tracks = len(tracks.names), tracks.report
         with _step(report, output, "verification"):
             cameras = {name: read_camera(choice.folder / name) for name in tracks.names}
@@ -130,9 +131,9 @@ def reconstruct(
     return report
 
 
-def _tracks(path: Path, resize: int, keypoints: TrackConfig | Grid) -> Tracks:
-    with MatchFile(path) as file:
-        matches = [file.read(pair) for pair in file.pairs()]
+def keypoints_of(file: MatchFile, resize: int, keypoints: TrackConfig | Grid) -> Tracks:
+    """Keypoints and tracks of all pairs of a file of matches that were made at this size."""
+    matches = [file.read(pair) for pair in file.pairs()]
     if isinstance(keypoints, Grid):
         return quantised_tracks(matches, resize, cell_size=keypoints.cell_size, max_error=keypoints.max_error)
     return build_tracks(matches, resize, keypoints)
