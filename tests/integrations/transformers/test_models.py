@@ -262,10 +262,13 @@ def test_a_copy_has_weights_of_its_own(model):
 
 @torch.no_grad()
 def test_torch_compile_gives_the_same_matches():
-    model = tiny_interface(**SHALLOW)
+    model = tiny_interface(**SHALLOW, temperature=1.0, border_removal=0)
     pixel_values = pairs(1)
-    compiled = torch.compile(model, backend="eager")
-    assert_same_matches(compiled(pixel_values), pixel_values, model.matcher(operator_input(pixel_values)))
+    keypoints, scores = on_pixels(torch.compile(model, backend="eager")(pixel_values), pixel_values)
+    expected_keypoints, expected_scores = on_pixels(model(pixel_values), pixel_values)
+    assert len(scores) > 0
+    torch.testing.assert_close(keypoints, expected_keypoints, rtol=0, atol=1e-4)
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(
