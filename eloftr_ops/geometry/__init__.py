@@ -13,20 +13,30 @@ from eloftr_ops.geometry.fundamental import (
     fundamental_from_pose,
 )
 from eloftr_ops.geometry.homography import HomographyEstimate, apply_homography, homography_from_matches
+from eloftr_ops.geometry.hypotheses import ConsensusHypotheses, consensus_from_matches
 from eloftr_ops.geometry.pose import (
     EssentialEstimate,
     PoseEstimate,
     essential_from_matches,
     relative_pose_from_matches,
 )
+from eloftr_ops.geometry.residuals import (
+    epipolar_residuals,
+    sampson_residuals,
+    symmetric_transfer_residuals,
+    transfer_residuals,
+)
 
 __all__ = [
     "ConsensusEstimate",
+    "ConsensusHypotheses",
     "EssentialEstimate",
     "FundamentalEstimate",
     "HomographyEstimate",
     "PoseEstimate",
     "apply_homography",
+    "consensus_from_matches",
+    "epipolar_residuals",
     "essential_from_matches",
     "estimate_robust",
     "from_integer_centers",
@@ -34,5 +44,8 @@ __all__ = [
     "fundamental_from_pose",
     "homography_from_matches",
     "relative_pose_from_matches",
+    "sampson_residuals",
+    "symmetric_transfer_residuals",
     "to_integer_centers",
+    "transfer_residuals",
 ]

@@ -96,6 +96,24 @@ def check_scale(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
 
 
+def check_cameras(needed: bool, K0: Tensor | None, K1: Tensor | None, batch_size: int) -> None:
+    """Raise unless both intrinsics are there, where the model needs them, and invertible."""
+    if not needed:
+        return
+    if K0 is None or K1 is None:
+        raise ValueError("K0, K1: expected intrinsics (B, 3, 3) for an essential matrix or a pose, got None")
+    check_intrinsics("K0", K0, batch_size)
+    check_intrinsics("K1", K1, batch_size)
+
+
+def check_sampling(confidence: float, max_iterations: int) -> None:
+    """Raise unless the options of a sample consensus are in range."""
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations: expected at least 1, got {max_iterations}")
+
+
 def check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:

@@ -123,7 +123,7 @@ def minimise(chart: ChartT, objective: RobustCost, steps: int, least_gap: Tensor
         _, live = objective.with_gradient_where(converged).normal_equations(chart.at(zero), chart.tangent)
         live = torch.where(converged[:, None], live, 0.0)
         step = -torch.linalg.solve_ex(hessian, live)[0]
-        delta = _first_order(step - step.detach())
+        delta = first_order(step - step.detach())
     return Minimum(chart, delta, determined, conditioning, converged)
 
 
@@ -163,7 +163,7 @@ class _Refuse(torch.autograd.Function):
 
 
 _refuse: Callable[[Tensor, Tensor], Tensor] = _Refuse.apply
-_first_order: Callable[[Tensor], Tensor] = _FirstOrder.apply
+first_order: Callable[[Tensor], Tensor] = _FirstOrder.apply
 
 
 def _carries_gradient(objective: RobustCost) -> bool:

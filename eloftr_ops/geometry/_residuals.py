@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from eloftr_ops.geometry._linalg import adjugate, homogeneous
+from eloftr_ops.geometry._linalg import FAR, adjugate, homogeneous
 
 # A homogeneous coordinate this much smaller than the terms it is the sum of counts as infinity.
 HORIZON = 1e-6
@@ -110,6 +110,13 @@ def symmetric_transfer_of_many(matrices: Tensor, points0: Tensor, points1: Tenso
         depth = torch.where(depth.abs() > HORIZON, depth, HORIZON)
         total = total + 0.5 * (mapped[:, :, :2] / depth - target.mT[:, None]).square().sum(2)
     return total
+
+
+def symmetric_transfer(matrix: Tensor, points0: Tensor, points1: Tensor) -> Tensor:
+    """Mean `(B, N)` of the squared transfer errors in both images, so that no map onto a point or line is good."""
+    forward = TransferResidual.value(matrix, points0, points1).clamp(-FAR, FAR).square().sum(-1)
+    backward = TransferResidual.value(adjugate(matrix), points1, points0).clamp(-FAR, FAR).square().sum(-1)
+    return 0.5 * (forward + backward)
 
 
 def line_distances(matrix: Tensor, points0: Tensor, points1: Tensor) -> Tensor:

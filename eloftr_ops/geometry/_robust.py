@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from eloftr_ops.geometry._minimal import SAMPLE_SIZE, SOLUTIONS, draw_samples, minimal_models
+from eloftr_ops.geometry._ragged import PaddedMatches
+from eloftr_ops.geometry._search import Problem, search
 
 KERNELS: tuple[str | None, ...] = (None, "cauchy", "geman_mcclure")
 # Each round of the graduated start divides the squared scale by this.
@@ -21,8 +22,6 @@ START_KERNEL = "geman_mcclure"
 SAMPLES = {"homography": 384, "fundamental": 1024, "essential": 512}
 # The best so many samples are re-weighted and solved again: a minimal sample is only as good as its noise.
 STARTS = 8
-# Residuals held at once while samples are scored, so that memory does not grow with the number of matches.
-RESIDUALS_AT_ONCE = 2**20
 
 
 def robust_cost(squared: Tensor, scale: Tensor, kernel: str | None) -> Tensor:
@@ -74,6 +73,11 @@ def far_point_weight(points: Tensor, weights: Tensor) -> Tensor:
     return trusted
 
 
+def trusted_weights(matches: PaddedMatches) -> Tensor:
+    """Weights `(B, N)` that let go of points far away in either image."""
+    return far_point_weight(matches.points1, far_point_weight(matches.points0, matches.weights))
+
+
 def votes(points0: Tensor, points1: Tensor, weights: Tensor, cell: Tensor) -> Tensor:
     """Weights `(B, N)` divided by how many matches share a place, in image 0 or in image 1.
 
@@ -97,50 +101,16 @@ def votes(points0: Tensor, points1: Tensor, weights: Tensor, cell: Tensor) -> Te
     return weights / crowd
 
 
-def sampled_starts(
-    model: str,
-    residual: Callable[[Tensor, Tensor, Tensor], Tensor],
-    points: tuple[Tensor, Tensor],
-    weights: Tensor,
-    scale: Tensor,
-) -> Tensor:
-    """Best of many minimal solutions by robust cost: starts that outliers do not pull.
-
-    The samples come from a fixed seed and are the same for a pair alone and in a batch; no global random
-    state is read.
+def sampled_starts(model: str, points: tuple[Tensor, Tensor], weights: Tensor, scale: Tensor) -> Tensor:
+    """Best of many minimal solutions by robust cost: starts `(B, STARTS, 3, 3)` that outliers do not pull.
 
     Args:
         model: "homography", "fundamental" or "essential".
-        residual: matrices `(B, S, 3, 3)` and points `(B, N, 2)` to squared residuals `(B, S, N)`, in float32.
         points: both `(B, N, 2)`, of about unit size.
         weights: `(B, N)`; a match is drawn in proportion to its weight.
-        scale: `(B,)`, robust scale in the residual's unit.
-
-    Returns:
-        Matrices `(B, STARTS, 3, 3)`, the best first.
+        scale: `(B,)`, robust scale in the unit of the points.
     """
-    generator = torch.Generator().manual_seed(0)
-    size = SAMPLE_SIZE[model]
-    uniform = torch.rand(SAMPLES[model], size, generator=generator, dtype=torch.float64)
-    index = draw_samples(weights, uniform.to(weights.device))
-    batch = torch.arange(weights.shape[0], device=weights.device)[:, None]
-    best = weights.new_full((weights.shape[0], STARTS), float("inf"))
-    kept = torch.eye(3, dtype=scale.dtype, device=scale.device).repeat(weights.shape[0], STARTS, 1, 1)
-    at_once = min(max(RESIDUALS_AT_ONCE // (SOLUTIONS[model] * weights.numel()), 1), SAMPLES[model])
-    for part in index.split(at_once, dim=1):
-        rows = batch[:, :, None].expand_as(part)
-        samples = [x[rows, part].flatten(0, 1) for x in points]
-        matrices = minimal_models(model, *samples).view(weights.shape[0], -1, 3, 3)
-        with torch.autocast(weights.device.type, enabled=False):
-            squared = residual(matrices.float(), *(x.float() for x in points))
-            # The start kernel's cost, as a product with the weights.
-            limit = scale.clamp(1e-15, 1e15).square().float()[:, None, None]
-            cost = (limit - limit / (1.0 + squared / limit)) @ weights.float()[..., None]
-        cost = cost[..., 0].to(scale.dtype).nan_to_num(nan=float("inf"))
-        cost = torch.where(matrices.flatten(2).any(2), cost, float("inf"))
-        best, order = torch.cat([best, cost], dim=1).topk(STARTS, dim=1, largest=False)
-        kept = torch.cat([kept, matrices], dim=1)[batch, order]
-    return kept
+    return search(Problem(model, *points, weights, scale), STARTS, max_samples=SAMPLES[model]).matrices
 
 
 def log_false_alarms(squared: Tensor, votes: Tensor, scale: Tensor, dimension: int, size: int) -> Tensor:

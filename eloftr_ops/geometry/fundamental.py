@@ -27,15 +27,15 @@ from eloftr_ops.geometry._minimal import SAMPLE_SIZE
 from eloftr_ops.geometry._precision import eager, returned, to_work
 from eloftr_ops.geometry._ragged import Matches, PaddedMatches, solve_in_pieces
 from eloftr_ops.geometry._refine import RobustCost, minimise
-from eloftr_ops.geometry._residuals import SampsonResidual, sampson_of_many
+from eloftr_ops.geometry._residuals import SampsonResidual
 from eloftr_ops.geometry._robust import (
     KERNELS,
     cheapest,
-    far_point_weight,
     graduated_start,
     log_false_alarms,
     robust_weight,
     sampled_starts,
+    trusted_weights,
     votes,
 )
 from eloftr_ops.geometry.homography import resolve_steps
@@ -123,7 +123,7 @@ def fundamental_from_matches(
             F, valid, converged, conditioning = _refined_estimate(matches, robust, scale, steps)
         F = torch.where(valid[:, None, None], with_fixed_sign(F), 0.0)
         squared = SampsonResidual.value(F, matches.points0, matches.points1).clamp(-FAR, FAR).square().sum(-1)
-        F = with_fixed_sign(_in_pixels(F, matches.unit0))
+        F = with_fixed_sign(fundamental_in_pixels(F, matches.unit0))
         return F, valid, converged, conditioning, robust_weight(squared, scale, robust)
 
     matches = Matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
@@ -172,16 +172,11 @@ def camera_matrix(K: Tensor) -> Tensor:
     return K / torch.where(last == 0, 1.0, last)
 
 
-def _in_pixels(F: Tensor, unit: Tensor) -> Tensor:
+def fundamental_in_pixels(F: Tensor, unit: Tensor) -> Tensor:
     """`D F D` with `D = diag(1, 1, u)`: fundamental matrices of coordinates that were counted in units of u."""
     scale = torch.stack([torch.ones_like(unit), torch.ones_like(unit), unit], dim=1)
     scale = scale / scale.amax(1, keepdim=True)
     return scale[:, :, None] * F * scale[:, None]
-
-
-def trusted_weights(matches: PaddedMatches) -> Tensor:
-    """Weights `(B, N)` that let go of points far away in either image."""
-    return far_point_weight(matches.points1, far_point_weight(matches.points0, matches.weights))
 
 
 def robust_eight_point(model: str, matches: PaddedMatches, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,7 +211,7 @@ def robust_eight_point(model: str, matches: PaddedMatches, scale: Tensor) -> tup
         points = (matches.points0, matches.points1)
         trusted = trusted_weights(matches)
         trusted = votes(*points, trusted, 2.0 * scale)
-        starts = sampled_starts(model, sampson_of_many, points, trusted, scale)
+        starts = sampled_starts(model, points, trusted, scale)
         return graduated_start(starts, solve, squared, trusted, scale)
 
 

@@ -13,7 +13,6 @@ from eloftr_ops.geometry._linalg import (
     LEAST_GAP,
     ROUNDINGS,
     Normalised,
-    adjugate,
     homogeneous,
     homography_in_units,
     normalise_points,
@@ -24,15 +23,15 @@ from eloftr_ops.geometry._linalg import (
 from eloftr_ops.geometry._precision import eager, result_dtype, returned, to_work
 from eloftr_ops.geometry._ragged import Matches, PaddedMatches, solve_in_pieces
 from eloftr_ops.geometry._refine import RobustCost, minimise
-from eloftr_ops.geometry._residuals import TransferResidual, guarded_depth, symmetric_transfer_of_many
+from eloftr_ops.geometry._residuals import TransferResidual, guarded_depth, symmetric_transfer
 from eloftr_ops.geometry._robust import (
     KERNELS,
     cheapest,
-    far_point_weight,
     graduated_start,
     log_false_alarms,
     robust_weight,
     sampled_starts,
+    trusted_weights,
     votes,
 )
 
@@ -231,7 +230,7 @@ def _solve_linear(matches: PaddedMatches, weights: Tensor) -> _Linear:
 
 def _linear_estimate(matches: PaddedMatches) -> tuple[Tensor, Tensor, Tensor]:
     solution = _solve_linear(matches, matches.weights)
-    H = _with_unit_determinant(solution.matrix, solution.frame0, solution.frame1)
+    H = with_unit_determinant(solution.matrix, solution.frame0, solution.frame1)
     return or_identity(H, solution.determined), solution.determined, solution.gap
 
 
@@ -241,7 +240,7 @@ def _refined_estimate(
     with torch.no_grad():
         trusted = matches.weights
         if robust is not None:
-            trusted = far_point_weight(matches.points1, far_point_weight(matches.points0, trusted))
+            trusted = trusted_weights(matches)
         linear = _solve_linear(matches, trusted)
         frame0, frame1 = linear.frame0, linear.frame1
         scale = robust_scale * frame1.scale
@@ -269,7 +268,7 @@ def _refined_estimate(
             support = votes(points0, points1, (matches.weights > 0).to(scale.dtype), 2.0 * scale)
             squared = symmetric_transfer(matrix, points0, points1)
             valid = valid & (log_false_alarms(squared, support, scale, 2, LEAST_MATCHES) <= 0)
-    H = or_identity(_with_unit_determinant(matrix, frame0, frame1), valid)
+    H = or_identity(with_unit_determinant(matrix, frame0, frame1), valid)
     return H, valid, valid & minimum.converged, minimum.conditioning
 
 
@@ -292,22 +291,15 @@ def _robust_start(matches: PaddedMatches, trusted: Tensor, linear: _Linear, scal
         return symmetric_transfer(matrices, *repeated)
 
     trusted = votes(points0, points1, trusted, 2.0 * scale)
-    starts = sampled_starts("homography", symmetric_transfer_of_many, (points0, points1), trusted, scale)
+    starts = sampled_starts("homography", (points0, points1), trusted, scale)
     return cheapest(*graduated_start(starts, solve, squared, trusted, scale))
-
-
-def symmetric_transfer(matrix: Tensor, points0: Tensor, points1: Tensor) -> Tensor:
-    """Mean `(B, N)` of the squared transfer errors in both images, so that no map onto a point or line is good."""
-    forward = TransferResidual.value(matrix, points0, points1).clamp(-FAR, FAR).square().sum(-1)
-    backward = TransferResidual.value(adjugate(matrix), points1, points0).clamp(-FAR, FAR).square().sum(-1)
-    return 0.5 * (forward + backward)
 
 
 def _similarity(transform: Tensor, points: Tensor) -> Tensor:
     return (points * transform[:, None, :1, 0] + transform[:, None, :2, 2]).clamp(-FAR, FAR)
 
 
-def _with_unit_determinant(matrix: Tensor, frame0: Normalised, frame1: Normalised) -> Tensor:
+def with_unit_determinant(matrix: Tensor, frame0: Normalised, frame1: Normalised) -> Tensor:
     """Homographies between pixel frames, of determinant 1, from those between normalised frames."""
     # det(T1^-1 H T0), from the well-scaled factors rather than from the pixel matrix, where it cancels.
     det = torch.linalg.det(matrix)

@@ -28,8 +28,8 @@ from eloftr_ops.geometry._precision import eager, returned, to_work
 from eloftr_ops.geometry._ragged import Matches, PaddedMatches, solve_in_pieces
 from eloftr_ops.geometry._refine import RobustCost, levenberg_marquardt, minimise
 from eloftr_ops.geometry._residuals import SampsonResidual
-from eloftr_ops.geometry._robust import KERNELS, START_KERNEL, robust_weight, votes
-from eloftr_ops.geometry.fundamental import camera_matrix, robust_eight_point, supported, trusted_weights
+from eloftr_ops.geometry._robust import KERNELS, START_KERNEL, robust_weight, trusted_weights, votes
+from eloftr_ops.geometry.fundamental import camera_matrix, robust_eight_point, supported
 from eloftr_ops.geometry.homography import resolve_steps
 
 __all__ = ["EssentialEstimate", "PoseEstimate", "essential_from_matches", "relative_pose_from_matches"]
@@ -218,8 +218,7 @@ def _estimate_motion(
 
     def solve(pixels: PaddedMatches, pairs: Tensor) -> tuple[Tensor, ...]:
         camera, usable = in_camera_coordinates(pixels, cameras0[pairs], cameras1[pairs])
-        focals = [K[pairs][:, [0, 1], [0, 1]].abs().mean(1) for K in (cameras0, cameras1)]
-        scale = robust_scale / (0.5 * (focals[0] + focals[1])).clamp_min(torch.finfo(focals[0].dtype).tiny)
+        scale = camera_scale(robust_scale, cameras0[pairs], cameras1[pairs])
         if steps == 0:
             R, t, valid, conditioning = _linear_motion(camera)
             converged = valid
@@ -246,6 +245,12 @@ def in_camera_coordinates(pixels: PaddedMatches, K0: Tensor, K1: Tensor) -> tupl
         points.append(torch.where(sane[:, None, None], camera, 0.0))
         usable = usable & sane
     return pixels._replace(points0=points[0], points1=points[1]), usable
+
+
+def camera_scale(pixels: float, K0: Tensor, K1: Tensor) -> Tensor:
+    """A distance in pixels as one at depth 1 `(B,)`, by the mean focal length."""
+    focals = [K[:, [0, 1], [0, 1]].abs().mean(1) for K in (K0, K1)]
+    return pixels / (0.5 * (focals[0] + focals[1])).clamp_min(torch.finfo(K0.dtype).tiny)
 
 
 def check_initial_pose(initial: Tensor, batch_size: int) -> None:

@@ -1,11 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the losses share: smooth distances, weighted means over matches, and explicit reduction over pairs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from eloftr_ops.geometry._checks import check_choice, check_scale, check_tensor
+from eloftr_ops.geometry._checks import (
+    batch_size_of,
+    check_choice,
+    check_matches,
+    check_matrices,
+    check_scale,
+    check_tensor,
+)
 from eloftr_ops.geometry._linalg import extreme_unit, power_of_two
+from eloftr_ops.geometry._precision import to_work
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -61,6 +71,52 @@ def mean_over_matches(
     return torch.where(present, summed / torch.where(present, total, 1.0), 0.0)
 
 
+def check_valid(valid: Tensor, batch_size: int) -> None:
+    """Raise unless `valid` is `(batch_size,)` and bool."""
+    check_tensor("valid", valid)
+    if valid.dtype != torch.bool:
+        raise TypeError(f"valid: expected dtype torch.bool, got {valid.dtype}")
+    if valid.shape != (batch_size,):
+        raise ValueError(f"valid: expected shape (B,) = ({batch_size},), got {tuple(valid.shape)}")
+
+
+def without_invalid(matrices: Any, valid: Tensor | None, batch_size: int) -> Any:
+    """Matrices `(B, n, n)` with the identity, and no gradient, where a pair is not valid, whatever stands there."""
+    check_tensor("matrices", matrices)
+    if valid is None or matrices.ndim != 3 or matrices.shape[0] != batch_size:
+        return matrices
+    check_valid(valid, batch_size)
+    eye = torch.eye(matrices.shape[1], matrices.shape[2], dtype=matrices.dtype, device=matrices.device)
+    return torch.where(valid.to(matrices.device)[:, None, None], matrices, eye)
+
+
+def counted(
+    keypoints0: Tensor,
+    keypoints1: Tensor,
+    batch_indexes: Tensor,
+    matrices: Tensor,
+    weights: Tensor | None,
+    valid: Tensor | None,
+    name: str,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Check, and return float64 matches and matrices `(B, 3, 3)`, with no value of a pair that is not valid."""
+    batch_size = batch_size_of(name, matrices)
+    matrices = without_invalid(matrices, valid, batch_size)
+    check_matrices(name, matrices, batch_size)
+    if valid is not None:
+        # Shapes and dtypes first: the rows of pairs that are not valid are found by their indexes.
+        check_tensor("keypoints0", keypoints0)
+        check_tensor("keypoints1", keypoints1)
+        check_matches(
+            torch.zeros_like(keypoints0), torch.zeros_like(keypoints1), batch_indexes, batch_size, None
+        )
+        rows = valid.to(keypoints0.device)[batch_indexes.to(keypoints0.device).long()]
+        keypoints0 = torch.where(rows[:, None], keypoints0, 0.0)
+        keypoints1 = torch.where(rows.to(keypoints1.device)[:, None], keypoints1, 0.0)
+    check_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
+    return (to_work(keypoints0), to_work(keypoints1), batch_indexes), to_work(matrices)
+
+
 def reduce_pairs(values: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
     """Reduce per-pair values over the valid pairs.
 
@@ -77,11 +133,7 @@ def reduce_pairs(values: Tensor, valid: Tensor | None, reduction: str) -> Tensor
         TypeError: `valid` is not bool.
     """
     if valid is not None:
-        check_tensor("valid", valid)
-        if valid.dtype != torch.bool:
-            raise TypeError(f"valid: expected dtype torch.bool, got {valid.dtype}")
-        if valid.shape != values.shape:
-            raise ValueError(f"valid: expected shape (B,) = {tuple(values.shape)}, got {tuple(valid.shape)}")
+        check_valid(valid, values.shape[0])
         valid = valid.to(values.device)
         values = torch.where(valid, values, 0.0)
     if reduction == "none":

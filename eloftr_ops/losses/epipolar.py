@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distances of matches from an epipolar geometry, as losses."""
 
-import torch
 from torch import Tensor
 
-from eloftr_ops.geometry._checks import batch_size_of, check_matches, check_matrices
-from eloftr_ops.geometry._linalg import extreme_unit, unit_magnitude
-from eloftr_ops.geometry._precision import returned, to_work
-from eloftr_ops.geometry._residuals import SampsonResidual, line_distances
+from eloftr_ops.geometry._precision import returned
 from eloftr_ops.geometry.fundamental import fundamental_from_pose
+from eloftr_ops.geometry.residuals import epipolar_residuals, sampson_residuals
 from eloftr_ops.losses._reduction import (
     check_options,
+    counted,
     mean_over_matches,
     reduce_pairs,
     saturated,
@@ -64,9 +62,9 @@ def sampson_loss(
         IndexError: a batch index out of range.
         TypeError: integer keypoints or weights.
     """
-    F, x0, x1, unit = _prepared(keypoints0, keypoints1, batch_indexes, F_0to1, weights)
     check_options(smoothing, saturation, reduction)
-    residual = unit[:, None] * SampsonResidual.value(F, x0, x1)[:, 0]
+    matches, F = counted(keypoints0, keypoints1, batch_indexes, F_0to1, weights, valid, "F_0to1")
+    residual = sampson_residuals(*matches, F)[:, None]
     distance = saturated(smooth_length(residual, smoothing), saturation)
     values = mean_over_matches(distance, batch_indexes, weights, F_0to1.shape[0])
     return returned(reduce_pairs(values, valid, reduction), keypoints0)
@@ -113,9 +111,9 @@ def symmetric_epipolar_loss(
         IndexError: a batch index out of range.
         TypeError: integer keypoints or weights.
     """
-    F, x0, x1, unit = _prepared(keypoints0, keypoints1, batch_indexes, F_0to1, weights)
     check_options(smoothing, saturation, reduction)
-    sides = unit[:, None] * line_distances(F, x0, x1)[:, 0]
+    matches, F = counted(keypoints0, keypoints1, batch_indexes, F_0to1, weights, valid, "F_0to1")
+    sides = epipolar_residuals(*matches, F)
     distance = saturated(smooth_length(sides[..., None], smoothing).mean(-1), saturation)
     values = mean_over_matches(distance, batch_indexes, weights, F_0to1.shape[0])
     return returned(reduce_pairs(values, valid, reduction), keypoints0)
@@ -166,23 +164,3 @@ def weak_pose_loss(
     return sampson_loss(
         keypoints0, keypoints1, batch_indexes, F_0to1, weights, saturation=saturation, reduction=reduction
     )
-
-
-def _prepared(
-    keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Tensor, F_0to1: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Check, and return one matrix `(M, 3, 3)`, one point `(M, 1, 2)` of each image and a unit `(M,)` per match.
-
-    The points are counted in the unit, pixels, which is 1 for coordinates of ordinary magnitude.
-    """
-    batch_size = batch_size_of("F_0to1", F_0to1)
-    check_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
-    check_matrices("F_0to1", F_0to1, batch_size)
-    x0, x1 = to_work(keypoints0), to_work(keypoints1)
-    unit = extreme_unit(torch.cat([x0, x1], dim=1), (1,))
-    # diag(u, u, 1) F diag(u, u, 1), over u: no entry leaves the range that F itself is in.
-    root = unit.sqrt()
-    scale = torch.cat([root, root, 1.0 / root], dim=1)
-    F = to_work(F_0to1)[batch_indexes.to(x0.device).long()]
-    F = unit_magnitude(scale[:, :, None] * F * scale[:, None], (1, 2))
-    return F, (x0 / unit)[:, None], (x1 / unit)[:, None], unit[:, 0]

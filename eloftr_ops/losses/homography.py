@@ -4,16 +4,19 @@
 import torch
 from torch import Tensor
 
-from eloftr_ops.geometry._checks import batch_size_of, check_matches, check_matrices
-from eloftr_ops.geometry._linalg import adjugate, extreme_unit, homography_in_units, unit_magnitude
+from eloftr_ops.geometry._checks import batch_size_of, check_matrices
+from eloftr_ops.geometry._linalg import unit_magnitude
 from eloftr_ops.geometry._precision import returned, to_work
 from eloftr_ops.geometry.homography import apply_homography
+from eloftr_ops.geometry.residuals import symmetric_transfer_residuals
 from eloftr_ops.losses._reduction import (
     check_options,
+    counted,
     mean_over_matches,
     reduce_pairs,
     saturated,
     smooth_length,
+    without_invalid,
 )
 
 __all__ = [
@@ -61,6 +64,7 @@ def corner_error_loss(
     """
     check_options(smoothing, saturation, reduction)
     batch_size = batch_size_of("H_0to1", H_0to1)
+    H_0to1, H_gt_0to1 = (without_invalid(H, valid, batch_size) for H in (H_0to1, H_gt_0to1))
     check_matrices("H_0to1", H_0to1, batch_size)
     check_matrices("H_gt_0to1", H_gt_0to1, batch_size)
     height, width = size_hw
@@ -121,15 +125,8 @@ def symmetric_transfer_loss(
     """
     check_options(smoothing, saturation, reduction)
     batch_size = batch_size_of("H_0to1", H_0to1)
-    check_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
-    check_matrices("H_0to1", H_0to1, batch_size)
-    x0, x1 = to_work(keypoints0), to_work(keypoints1)
-    unit0, unit1 = extreme_unit(x0, (1,)), extreme_unit(x1, (1,))
-    x0, x1 = x0 / unit0, x1 / unit1
-    H = to_work(H_0to1)[batch_indexes.to(x0.device).long()]
-    H = unit_magnitude(homography_in_units(H, 1.0 / unit0[:, 0], 1.0 / unit1[:, 0]), (1, 2))
-    forward = unit1 * (apply_homography(H, x0[:, None])[:, 0] - x1)
-    backward = unit0 * (apply_homography(adjugate(H), x1[:, None])[:, 0] - x0)
+    matches, H = counted(keypoints0, keypoints1, batch_indexes, H_0to1, weights, valid, "H_0to1")
+    forward, backward = symmetric_transfer_residuals(*matches, H).split(2, dim=1)
     distance = 0.5 * (smooth_length(forward, smoothing) + smooth_length(backward, smoothing))
     values = mean_over_matches(saturated(distance, saturation), batch_indexes, weights, batch_size)
     return returned(reduce_pairs(values, valid, reduction), keypoints0)
@@ -217,6 +214,7 @@ def cycle_consistency_loss(
         TypeError: an integer dtype.
     """
     batch_size = batch_size_of("H_0to1", H_0to1)
+    H_0to1, H_1to0 = (without_invalid(H, valid, batch_size) for H in (H_0to1, H_1to0))
     check_matrices("H_0to1", H_0to1, batch_size)
     check_matrices("H_1to0", H_1to0, batch_size)
     around = unit_magnitude(to_work(H_1to0), (1, 2)) @ unit_magnitude(to_work(H_0to1), (1, 2))

@@ -7,7 +7,13 @@ from torch import Tensor
 from eloftr_ops.geometry._checks import batch_size_of, check_floats, check_matrices
 from eloftr_ops.geometry._linalg import extreme_unit, safe_norm, safe_normalise, unit_magnitude
 from eloftr_ops.geometry._precision import returned, to_work
-from eloftr_ops.losses._reduction import check_options, reduce_pairs, saturated, smooth_distance
+from eloftr_ops.losses._reduction import (
+    check_options,
+    reduce_pairs,
+    saturated,
+    smooth_distance,
+    without_invalid,
+)
 
 __all__ = ["pose_loss", "rotation_angle", "translation_direction_angle"]
 
@@ -119,6 +125,7 @@ def pose_loss(
     """
     check_options(smoothing, saturation, reduction)
     batch_size = batch_size_of("T_0to1", T_0to1)
+    T_0to1, T_gt_0to1 = (without_invalid(T, valid, batch_size) for T in (T_0to1, T_gt_0to1))
     check_matrices("T_0to1", T_0to1, batch_size, rows=4)
     check_matrices("T_gt_0to1", T_gt_0to1, batch_size, rows=4)
     if min(rotation_weight, translation_weight) < 0:
