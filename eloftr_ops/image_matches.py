@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-    from eloftr_ops.geometry.verification import Verdict
+    from eloftr_ops.geometry.verification import Effort, Verdict
     from eloftr_ops.match_page import MatchPage
 
 __all__ = ["INLIER_THRESHOLD", "ImageMatches", "TwoViewModel"]
@@ -55,7 +55,11 @@ class ImageMatches:
     device: torch.device  # of the matcher
     # Of tiled matching: its first pass. The keypoints were then matched at full size.
     coarse: ImageMatches | None = None
-    looks: int = 1  # how many sets of matches were tried, of which this is the best
+    effort: Effort = "fast"
+    looks: int = 1  # that were taken
+    views: tuple[str, ...] = (
+        "as they are",
+    )  # how the images were seen where the matches come from, in words
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -82,7 +86,7 @@ class ImageMatches:
             if self.coarse is not None:
                 return self.coarse.verdict
             sizes = self.image0.size_wh, self.image1.size_wh
-            self._kept["verdict"] = related(*self._matched_keypoints(), *sizes, looks=self.looks)
+            self._kept["verdict"] = related(*self._matched_keypoints(), *sizes, effort=self.effort)
         verdict: Verdict = self._kept["verdict"]
         return verdict
 

@@ -6,22 +6,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eloftr_ops.checks import MIN_SIZE
+from eloftr_ops.config import check_choice
 from eloftr_ops.errors import ArgumentError, FileError
+from eloftr_ops.guided import Effort, GuidedMatcher
 from eloftr_ops.image_matches import ImageMatches, TwoViewModel
 from eloftr_ops.images import ImageSource, LoadedImage, load_image
-from eloftr_ops.inference.optimized import InferenceMatcher
-from eloftr_ops.model.matcher import EfficientLoFTR
+from eloftr_ops.matchers import Matcher, checked_matcher, choose_device, device_of, kept_matcher, load_matcher
 from eloftr_ops.tiles import match_tiles
 
 __all__ = [
@@ -34,14 +32,10 @@ __all__ = [
     "match_loaded",
 ]
 
-Matcher = Callable[[dict[str, Any]], Mapping[str, Tensor]]  # kornia LoFTR's dictionaries in and out
-
 DEFAULT_WEIGHTS = "small"
 DEFAULT_RESIZE = 640
 _LEAST_TILE = 256
 _LEAST_CONTRAST = 2 / 255  # between the brightest and the darkest pixel; less is no texture
-_KEPT = 4  # matchers
-_MATCHERS: OrderedDict[tuple[Any, ...], Matcher] = OrderedDict()
 
 
 def match_images(
@@ -56,6 +50,8 @@ def match_images(
     mask0: npt.NDArray[Any] | Tensor | None = None,
     mask1: npt.NDArray[Any] | Tensor | None = None,
     tile: int | None = None,
+    effort: Effort = "fast",
+    seconds: float | None = None,
 ) -> ImageMatches:
     """Match two images.
 
@@ -79,6 +75,10 @@ def match_images(
         mask1: likewise.
         tile: match the images at full size, in tiles of this long side (at least 256, 1024 is good); for large images.
             A first pass at ``resize`` finds which parts correspond. See `eloftr_ops.tiles.match_tiles`.
+        effort: ``fast``: look once. ``normal``: warp the images so that they look alike, and look again. ``thorough``:
+            search through turned, reduced and slanted views, too, where the first look finds little. See
+            `eloftr_ops.guided.GuidedMatcher`.
+        seconds: with more effort: start no new look after so many seconds.
 
     Returns:
         The matches. M = 0 if there are none; also if an image is blank: less than two of 255 gray levels between its
@@ -91,17 +91,72 @@ def match_images(
         torch.OutOfMemoryError: the images are too large for the GPU.
     """
     _check_numbers(resize, threshold, max_matches, tile)
-    size = None if tile else resize
+    guided = _checked_effort(effort, seconds, tile)
+    size = None if tile or guided else resize  # looks at a part of an image take what detail there is
     pair = (_loaded("image0", image0, size, mask0), _loaded("image1", image1, size, mask1))
     if isinstance(weights, (str, os.PathLike)):
-        matcher = _kept_matcher(weights, device, threshold)
+        matcher = kept_matcher(weights, device, threshold)
     else:
-        matcher = _checked_matcher(weights, device, threshold)
+        matcher = checked_matcher(weights, device, threshold)
     names = (_name("image0", image0), _name("image1", image1))
+    if guided:
+        looking = GuidedMatcher(matcher, effort, size=resize or None, seconds=seconds)
+        return _match_guided(looking, *pair, names, threshold, max_matches)
     if tile and max(*pair[0].size_wh, *pair[1].size_wh) > (resize or DEFAULT_RESIZE):
         coarse_size = resize or DEFAULT_RESIZE
         return _match_in_tiles(matcher, *pair, names, threshold, max_matches, tile, coarse_size)
     return match_loaded(matcher, *pair, names=names, threshold=threshold, max_matches=max_matches)
+
+
+def _checked_effort(effort: Effort, seconds: float | None, tile: int | None) -> bool:
+    """Whether it takes a guided matcher."""
+    try:
+        guided = bool(check_choice("effort", effort, Effort) != "fast")
+    except ValueError as error:
+        raise ArgumentError("effort", str(error).removeprefix("effort: ")) from error
+    if guided and tile:
+        raise ArgumentError("effort", f"expected fast with tile, got {effort}. Leave out one of them.")
+    if seconds is not None and not guided:
+        raise ArgumentError(
+            "seconds", "expected None with effort fast, which looks once. Pass effort normal or thorough."
+        )
+    return guided
+
+
+def _match_guided(
+    matcher: GuidedMatcher,
+    image0: LoadedImage,
+    image1: LoadedImage,
+    names: tuple[str, str],
+    threshold: float | None,
+    max_matches: int | None,
+) -> ImageMatches:
+    """Several looks at both images."""
+    device = device_of(matcher.matcher)
+    start = time.perf_counter()
+    if has_texture(image0) and has_texture(image1):
+        with torch.inference_mode():
+            masks = [None if image.mask is None else image.mask.to(device) for image in (image0, image1)]
+            found = matcher.match(image0.image.to(device), image1.image.to(device), *masks)
+        fields = [field.cpu().float().clone() for field in found[:3]]
+        report = found.reports[0]
+    else:
+        fields, report = [torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0)], None
+    seconds = time.perf_counter() - start
+    kept = _kept(fields[2], threshold, max_matches)
+    return ImageMatches(
+        image0.to_original(fields[0][kept]),
+        image1.to_original(fields[1][kept]),
+        fields[2][kept],
+        image0 if matcher.size is None else image0.reduced(matcher.size),
+        image1 if matcher.size is None else image1.reduced(matcher.size),
+        names,
+        seconds,
+        device,
+        effort=matcher.effort,
+        looks=1 if report is None else report.looks,
+        views=("as they are",) if report is None else report.views,
+    )
 
 
 def _match_in_tiles(
@@ -163,7 +218,7 @@ def match_loaded(
         threshold: matches whose confidence is not above it are left out.
         max_matches: keep so many matches, the most confident.
     """
-    device = _device_of(matcher)
+    device = device_of(matcher)
     start = time.perf_counter()
     keypoints0, keypoints1, confidence = _found(matcher, image0, image1, device)
     seconds = time.perf_counter() - start
@@ -218,52 +273,6 @@ def _kept(confidence: Tensor, threshold: float | None, max_matches: int | None) 
     return indexes
 
 
-def load_matcher(
-    weights: str | os.PathLike[str],
-    device: str | torch.device = "auto",
-    *,
-    threshold: float | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> EfficientLoFTR:
-    """The matcher for inference, optimized, on its device.
-
-    Raises:
-        ArgumentError: weights, a device or a threshold that cannot be used.
-    """
-    chosen = choose_device(device)
-    try:
-        matcher = EfficientLoFTR.from_pretrained(weights)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        raise ArgumentError("weights", f"{weights}: {error}") from error
-    matcher = matcher.optimize_for_inference(dtype=dtype).to(chosen)
-    if isinstance(matcher, InferenceMatcher):
-        matcher.cuda_graphs.at_once = False  # many pairs come alone
-    if threshold is not None:
-        try:
-            matcher.config = matcher.config.replace(threshold=threshold)
-        except ValueError as error:
-            raise ArgumentError("threshold", str(error).removeprefix("threshold: ")) from error
-    return matcher
-
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """The device of that name; a GPU, if there is one, for "auto".
-
-    Raises:
-        ArgumentError: no such device here.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.zeros(1, device=chosen).item()  # it must give results back, too
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        # Unknown, not built in, or not present.
-        reason = f"expected a device that PyTorch can use here, got {str(device)!r}. Pass auto or cpu."
-        raise ArgumentError("device", reason) from error
-    return chosen
-
-
 def _check_numbers(
     resize: int | None, threshold: float | None, max_matches: int | None, tile: int | None
 ) -> None:
@@ -312,49 +321,3 @@ def _masked(argument: str, loaded: LoadedImage, mask: Any) -> LoadedImage:
         )
     visible = seen[0] >= 0.5
     return loaded._replace(mask=visible if loaded.mask is None else visible & loaded.mask)
-
-
-def _kept_matcher(
-    weights: str | os.PathLike[str], device: str | torch.device, threshold: float | None
-) -> Matcher:
-    """A matcher made before from the same weights, or a new one."""
-    chosen = choose_device(device)
-    key = (str(weights), _modified(weights), str(chosen), threshold)
-    matcher = _MATCHERS.pop(key, None) or load_matcher(weights, chosen, threshold=threshold)
-    _MATCHERS[key] = matcher
-    while len(_MATCHERS) > _KEPT:
-        _MATCHERS.popitem(last=False)
-    return matcher
-
-
-def _modified(weights: str | os.PathLike[str]) -> int | None:
-    """When a file or folder was last written: new weights under an old name are read anew."""
-    try:
-        path = Path(weights)
-        inside = list(path.iterdir()) if path.is_dir() else []
-        return max(entry.stat().st_mtime_ns for entry in (path, *inside))
-    except OSError:
-        return None
-
-
-def _checked_matcher(matcher: Any, device: str | torch.device, threshold: float | None) -> Matcher:
-    if not callable(matcher):
-        raise ArgumentError("weights", f"expected a name, a path or a matcher, got {type(matcher).__name__}.")
-    if isinstance(matcher, nn.Module) and matcher.training:
-        raise ArgumentError("weights", "expected a matcher in evaluation mode. Call its .eval() first.")
-    own = _device_of(matcher)
-    if device != "auto" and torch.empty(0, device=choose_device(device)).device != own:
-        raise ArgumentError("device", f"expected auto, or {own}, where the matcher is, got {str(device)!r}.")
-    least = getattr(getattr(matcher, "config", None), "threshold", None)
-    if threshold is not None and isinstance(least, float) and threshold < least:
-        raise ArgumentError(
-            "threshold",
-            f"expected at least {least:g}, the matcher's own, got {threshold}. Change its config.",
-        )
-    return matcher  # type: ignore[no-any-return]
-
-
-def _device_of(matcher: Any) -> torch.device:
-    parameter = next(matcher.parameters(), None) if isinstance(matcher, nn.Module) else None
-    device = getattr(matcher, "device", None) if parameter is None else parameter.device
-    return device if isinstance(device, torch.device) else torch.device("cpu")

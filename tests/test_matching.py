@@ -125,7 +125,7 @@ def test_the_matcher_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         eloftr_ops.EfficientLoFTR, "from_pretrained", lambda name: made.append(name) or load(name)
     )
-    monkeypatch.setattr("eloftr_ops.matching._MATCHERS", type(eloftr_ops.matching._MATCHERS)())
+    monkeypatch.setattr("eloftr_ops.matchers._MATCHERS", type(eloftr_ops.matchers._MATCHERS)())
     for threshold in (None, None, 0.5, None):
         match_images(photograph(), photograph(), threshold=threshold)
     assert len(made) == 2

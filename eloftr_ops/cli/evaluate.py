@@ -23,6 +23,8 @@ from eloftr_ops.cli.common import (
     print_line,
     reported_mistakes,
 )
+from eloftr_ops.cli.matching import EffortChoice
+from eloftr_ops.guided import Effort, GuidedMatcher
 from eloftr_ops.io import FileError, check_output
 from eloftr_ops.matching import DEFAULT_WEIGHTS, choose_device, load_matcher
 from eloftr_ops.wording import describe_device
@@ -80,6 +82,7 @@ class _Run:
     all_sequences: bool
     strict: bool
     threads: int | None
+    effort: Effort
 
 
 def _option(help_text: str, **settings: Any) -> Any:
@@ -126,12 +129,13 @@ def evaluate(
     strict: _Strict = False,
     output: _Output = None,
     threads: Threads = None,
+    effort: Annotated[EffortChoice, _option("fast: one look; see match.")] = EffortChoice.fast,
 ) -> None:
     """Measure a matcher: pose and homography AUC, precision, matches and seconds per pair."""
     paths = [None if path is None else str(path) for path in (root, index)]
     run = _Run(
         dataset.value, paths[0], paths[1], weights, resize, threshold, device, dtype.value, limit,
-        all_sequences, strict, threads,
+        all_sequences, strict, threads, effort.value,
     )  # fmt: skip
     with reported_mistakes():
         if output is not None:
@@ -190,7 +194,8 @@ def _evaluate_and_report(
     details = {**asdict(run), "threshold": matcher.config.threshold, "hardware": describe_device(resolved)}
     details["resize"] = pairs.options.resize
     details["shorter_side"] = pairs.options.shorter_side
-    result, trouble = _collected(run, pairs, config, matcher, resolved)
+    looking = GuidedMatcher(matcher, run.effort) if run.effort != "fast" else matcher
+    result, trouble = _collected(run, pairs, config, looking, resolved)
     if output is not None:  # before anything is printed: its reader may be gone
         result.write(output, details)
     _print_result(console, result, details, output)

@@ -39,6 +39,14 @@ class Model(enum.StrEnum):
     none = "none"
 
 
+class EffortChoice(enum.StrEnum):
+    """How often to look at a pair."""
+
+    fast = "fast"
+    normal = "normal"
+    thorough = "thorough"
+
+
 _Image = typer.Argument(help="Image file or http(s) URL.", show_default=False)
 _Output = typer.Option("--output", "-o", help="Write the matches: .npz, .json or .csv.")
 _Viz = typer.Option(
@@ -54,6 +62,11 @@ _Tile = typer.Option(
     min=256,
     help="Match large images at full size, in tiles of so many pixels: 1024; --resize is for a first pass.",
 )
+_Effort = typer.Option(
+    help="fast: look once. normal: warp the images so that they look alike, look again. "
+    "thorough: also search through turned, reduced and slanted views."
+)
+_Seconds = typer.Option(min=0, help="With more effort: start no new look after so many seconds.")
 _InlierThreshold = typer.Option(help="Largest error of an inlier, in pixels of the images as matched.")
 
 
@@ -68,6 +81,8 @@ def match(
     threshold: Annotated[float | None, _Threshold] = None,
     max_matches: Annotated[int | None, _MaxMatches] = None,
     tile: Annotated[int | None, _Tile] = None,
+    effort: Annotated[EffortChoice, _Effort] = EffortChoice.fast,
+    seconds: Annotated[float | None, _Seconds] = None,
     model: Annotated[Model, _Model] = Model.fundamental,
     inlier_threshold: Annotated[float, _InlierThreshold] = INLIER_THRESHOLD,
     threads: Threads = None,
@@ -91,6 +106,8 @@ def match(
             threshold=threshold,
             max_matches=max_matches,
             tile=tile,
+            effort=effort.value,
+            seconds=seconds,
         )
         _write_and_print(matches, model, inlier_threshold, output, viz)
 
@@ -146,6 +163,10 @@ def _write_and_print(
     count = len(matches)
     none = "0: no match above the threshold; try a lower --threshold"
     print_line(console, "matches", f"{count}" if count else none)
+    if matches.looks > 1:
+        print_line(
+            console, "looks", f"{matches.looks}; the matches come from: {', then '.join(matches.views)}"
+        )
     print_line(console, "time", f"{matches.seconds:.2f} s on {describe_device(matches.device)}")
     if chosen is not None and count:
         inliers = describe_inliers(matches, chosen, inlier_threshold)

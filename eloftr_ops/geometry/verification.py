@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from eloftr_ops.config import check_choice
 from eloftr_ops.geometry.consensus import estimate_robust
 
-__all__ = ["Verdict", "related", "shows_parallax"]
+__all__ = ["EFFORTS", "Effort", "Verdict", "related", "shows_parallax"]
+
+Effort = Literal["fast", "normal", "thorough"]  # how often a pair is looked at: see eloftr_ops.guided
+EFFORTS: tuple[Effort, ...] = get_args(Effort)
 
 ACCEPTED_CHANCE = 0.005  # half of what is promised: the tails come from few pairs
 LEAST_CHANCE = 1e-6  # far below what 300 pairs can tell
@@ -23,9 +27,13 @@ _MIN_ERROR = 0.5  # pixels: smaller errors are luck
 _PLACE = 8.0  # pixels: matches of one place count once
 _SAMPLE_SIZE = {"homography": 4, "fundamental": 7}
 _LEAST_OFF_PLANE = 0.05
-# (a, b): log10 NFA is below a - b log10(1 / p) in a share p of pairs of unrelated photographs.
-# From benchmarks/verdict.py, which prints them.
-_TAIL = {"homography": (3.56, 5.36), "fundamental": (4.42, 3.87)}
+# (a, b): log10 NFA is below a - b log10(1 / p) in a share p of pairs of unrelated photographs, for each effort of
+# guided matching, which looks for agreement. From benchmarks/verdict.py, which prints them.
+_TAILS: dict[Effort, Mapping[str, tuple[float, float]]] = {
+    "fast": {"homography": (3.56, 5.36), "fundamental": (4.42, 3.87)},
+    "normal": {"homography": (3.56, 5.36), "fundamental": (4.42, 3.87)},
+    "thorough": {"homography": (13.54, 14.28), "fundamental": (-0.56, 5.22)},
+}
 _Array = npt.NDArray[np.float64]
 
 
@@ -45,6 +53,7 @@ def related(
     size1_wh: tuple[int, int],
     *,
     looks: int = 1,
+    effort: Effort = "fast",
     threshold: float = 1.5,
 ) -> Verdict:
     """Decide whether the matches of two images agree more than matches of unrelated images do.
@@ -68,20 +77,23 @@ def related(
         size1_wh: the same of image 1.
         looks: how many sets of matches were tried, of which this is the best: other scales, rotations, or the images
             of a collection. The chance grows with it.
+        effort: of `eloftr_ops.guided.GuidedMatcher`, which gave the matches. It looks for agreement, so that its matches
+            agree more, also those of unrelated images; its own looks are accounted for, and do not count as ``looks``.
         threshold: inlier threshold of the robust estimation, pixels.
 
     Raises:
-        ValueError: shapes that do not fit, or ``looks`` is less than 1.
+        ValueError: shapes that do not fit, ``looks`` is less than 1, or an unknown ``effort``.
     """
     if looks < 1:
         raise ValueError(f"looks: expected at least 1, got {looks}.")
     if min(*size0_wh, *size1_wh) <= 0:
         raise ValueError(f"sizes: expected positive (width, height), got {size0_wh} and {size1_wh}.")
+    tails = _TAILS[check_choice("effort", effort, Effort)]
     found = {
         model: log10_nfa(model, keypoints0, keypoints1, size0_wh, size1_wh, threshold)
         for model in _SAMPLE_SIZE
     }
-    chances = {model: log10_chance({model: nfa}, looks) for model, (nfa, _) in found.items()}
+    chances = {model: log10_chance({model: nfa}, looks, tails) for model, (nfa, _) in found.items()}
     model = min(chances, key=lambda name: (chances[name], -found[name][1]))
     chance = 10 ** max(chances[model], math.log10(LEAST_CHANCE))
     inliers = found[model][1]
@@ -89,7 +101,7 @@ def related(
 
 
 def log10_chance(
-    log10_nfas: Mapping[str, float], looks: int = 1, tails: Mapping[str, tuple[float, float]] = _TAIL
+    log10_nfas: Mapping[str, float], looks: int = 1, tails: Mapping[str, tuple[float, float]] = _TAILS["fast"]
 ) -> float:
     """The logarithm of the share of unrelated pairs whose NFA is as small, of the model for which that is smallest."""
     logs = [

@@ -57,6 +57,8 @@ def test_more_looks_make_chance_more_likely() -> None:
     assert chances[0] < chances[1] < chances[2] == 1
     with pytest.raises(ValueError, match="looks: expected at least 1"):
         related(points0, points1, SIZE, SIZE, looks=0)
+    with pytest.raises(ValueError, match="effort"):
+        related(points0, points1, SIZE, SIZE, effort="high")  # type: ignore[arg-type]
 
 
 def test_one_match_many_times_is_one_match() -> None:

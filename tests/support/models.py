@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig, matching
+from eloftr_ops import EfficientLoFTR, EfficientLoFTRConfig, matchers
 from eloftr_ops.model.coarse import match_cells, score_cells
 from eloftr_ops.types import CoarseOutput, Features
 
@@ -70,7 +70,7 @@ def put_for_pretrained(
         return matcher(config).eval()
 
     monkeypatch.setattr(EfficientLoFTR, "from_pretrained", load)
-    monkeypatch.setattr(matching, "_MATCHERS", OrderedDict())  # none that was made from other weights
+    monkeypatch.setattr(matchers, "_MATCHERS", OrderedDict())  # none that was made from other weights
 
 
 class CoarseStage(NamedTuple):
