@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibrate the verdict "related or not" on photographs that show different things, and count what it keeps.
 
-    python -m benchmarks.verdict --photos FOLDER --pairs INDEX.json ... --cache FOLDER
+    python -m benchmarks.verdict --photos FOLDER --pairs INDEX.json ... --cache FOLDER [--effort thorough]
 
 Prints the tail of log10 NFA for unrelated pairs (the constants of `eloftr_ops.geometry.verification`), the share of
 unrelated pairs called related (also with the tail of one half, counted on the other), and the share of pairs with
@@ -27,16 +27,17 @@ import torch
 
 from eloftr_ops import match_images
 from eloftr_ops.geometry import verification
+from eloftr_ops.guided import EFFORTS, Effort
 
 MODELS = ("homography", "fundamental")
 
 
-def kept_matches(paths: tuple[Path, Path], resize: int, cache: Path) -> dict[str, np.ndarray]:
+def kept_matches(paths: tuple[Path, Path], resize: int, effort: Effort, cache: Path) -> dict[str, np.ndarray]:
     """Keypoints in pixels of the images as matched, and sizes; computed once, and kept in a folder."""
-    name = hashlib.sha256(f"{paths[0]} {paths[1]} {resize}".encode()).hexdigest()[:24]
+    name = hashlib.sha256(f"{paths[0]} {paths[1]} {resize} {effort}".encode()).hexdigest()[:24]
     file = cache / f"{name}.npz"
     if not file.exists():
-        matches = match_images(*paths, resize=resize)
+        matches = match_images(*paths, resize=resize, effort=effort)
         keypoints = (
             matches.image0.from_original(matches.keypoints0),
             matches.image1.from_original(matches.keypoints1),
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--unrelated", type=int, default=300, help="pairs drawn from the photos")
     parser.add_argument("--same", nargs=2, action="append", default=[], help="two photos that show the same")
     parser.add_argument("--resize", type=int, default=480)
+    parser.add_argument("--effort", choices=EFFORTS, default="fast", help="of match_images")
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
 
@@ -109,7 +111,9 @@ def main() -> None:
     photos = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in (".jpg", ".png"))
     drawn = random.Random(0).sample(list(itertools.combinations(photos, 2)), options.unrelated)
     drawn = [pair for pair in drawn if frozenset(path.name for path in pair) not in same]
-    unrelated = [log10_nfas(kept_matches(pair, options.resize, options.cache)) for pair in drawn]
+    unrelated = [
+        log10_nfas(kept_matches(pair, options.resize, options.effort, options.cache)) for pair in drawn
+    ]
     tails = {model: tail([pair[model] for pair in unrelated]) for model in MODELS}
     for model, (start, slope) in tails.items():
         print(f"tail of {model}: ({start:.2f}, {slope:.2f})")
@@ -129,7 +133,7 @@ def main() -> None:
     for index in options.pairs:
         pairs = json.loads(index.read_text(encoding="utf-8"))["pairs"]
         paths = [(index.parent / pair["image0"], index.parent / pair["image1"]) for pair in pairs]
-        found = [kept_matches(pair, options.resize, options.cache) for pair in paths]
+        found = [kept_matches(pair, options.resize, options.effort, options.cache) for pair in paths]
         kept = called_related([log10_nfas(data) for data in found], tails)
         right = [true_matches(data, pair) for data, pair in zip(found, pairs, strict=True)]
         print(f"{index.stem}: {sum(kept)} of {len(kept)} kept")

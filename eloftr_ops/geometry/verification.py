@@ -126,7 +126,7 @@ def log10_nfa(
     if matrix is None:
         return 0.0, 0
     if model == "homography":
-        errors = _transfer_errors(matrix, points0, points1)
+        errors = transfer_errors(matrix, points0, points1)
         area = min(size0_wh[0] * size0_wh[1], size1_wh[0] * size1_wh[1])
         exponent, factor = 2, math.pi / area
     else:
@@ -221,7 +221,7 @@ def _mapped(H: _Array, points: _Array) -> _Array:
     return mapped
 
 
-def _transfer_errors(H: _Array, points0: _Array, points1: _Array) -> _Array:
+def transfer_errors(H: _Array, points0: _Array, points1: _Array) -> _Array:
     """The larger one of both images."""
     inverse: _Array = np.linalg.pinv(H).astype(np.float64)
     forward = np.linalg.norm(_mapped(H, points0) - points1, axis=1)

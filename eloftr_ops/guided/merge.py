@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eloftr_ops.geometry.verification import epipolar_errors
+from eloftr_ops.geometry.verification import epipolar_errors, shows_parallax, transfer_errors
 from eloftr_ops.guided.looks import Found, model_between
 
 __all__ = ["merged"]
 
 _PLACE = 8  # working pixels: matches of two looks in one cell of either image are the same match
-_THRESHOLD = 1.5  # working pixels, of the fundamental matrix
-_AGREES = 4.0  # working pixels from the epipolar line: a match of an earlier look that is kept
+_THRESHOLD = 1.5  # working pixels, of the model
+_AGREES = 4.0  # working pixels: largest error of a match of an earlier look
 
 
 def merged(found: Sequence[Found]) -> Found:
@@ -23,7 +23,7 @@ def merged(found: Sequence[Found]) -> Found:
 
     Later looks are more precise. An earlier look adds a match only where later ones have none in either image: there
     they saw nothing, or something else. So such a match must also agree with the fundamental matrix of all matches
-    together.
+    together, or, where the matches lie on a plane and determine none, with the homography.
 
     Gradient: that of the matches kept.
     """
@@ -45,12 +45,16 @@ def _shared(points: Tensor, others: Tensor) -> Tensor:
 
 
 def _agreeing(fresh: Found, kept: Found) -> Tensor:
-    """(N,) bool: which fresh matches agree with the fundamental matrix of all; all of them if there is none."""
+    """(N,) bool: which fresh matches agree with what all matches show; all of them if that is nothing."""
     points0 = torch.cat([kept.points0, fresh.points0]).detach()
     points1 = torch.cat([kept.points1, fresh.points1]).detach()
-    model = model_between("fundamental", points0, points1, _THRESHOLD)
-    if model is None:
-        return torch.ones(len(fresh.confidence), dtype=torch.bool)
-    count = len(kept.confidence)
-    errors = epipolar_errors(model[0].numpy(), points0[count:].numpy(), points1[count:].numpy())
-    return torch.from_numpy(errors < _AGREES)
+    others = fresh.points0.detach().numpy(), fresh.points1.detach().numpy()
+    fundamental = model_between("fundamental", points0, points1, _THRESHOLD)
+    homography = model_between("homography", points0, points1, _THRESHOLD)
+    if homography is not None and (
+        fundamental is None or not shows_parallax(points0, points1, fundamental[0], homography[0])
+    ):
+        return torch.from_numpy(transfer_errors(homography[0].numpy(), *others) < _AGREES)
+    if fundamental is not None:
+        return torch.from_numpy(epipolar_errors(fundamental[0].numpy(), *others) < _AGREES)
+    return torch.ones(len(fresh.confidence), dtype=torch.bool)

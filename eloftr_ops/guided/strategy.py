@@ -66,11 +66,21 @@ def _chain(look: Look, found: Found) -> Chain:
     return Chain((look,), (found,), support_of(look, found))
 
 
-def _straighten(chain: Chain, setting: Setting, expired: Callable[[], bool], times: int) -> Plan:
-    """Look again through the warp that the last look gives, as long as that changes something."""
-    for _ in range(times):
+def _straighten(
+    chain: Chain, setting: Setting, expired: Callable[[], bool], times: int, *, rough: bool = False
+) -> Plan:
+    """Look again through the warp that the last look gives, as long as that changes something.
+
+    Args:
+        chain: what was seen so far.
+        setting: sizes.
+        expired: whether the time is spent.
+        times: looks, at most.
+        rough: the last look was at a reduced size, so that looking again pays in any case.
+    """
+    for number in range(times):
         look = None if expired() else straightened(chain.looks[-1], chain.found[-1], setting)
-        if look is None or not differs(look, chain.looks[-1]):
+        if look is None or not ((rough and number == 0) or differs(look, chain.looks[-1])):
             break
         [found] = yield [look]
         support = support_of(look, found)
@@ -94,7 +104,7 @@ def _search(best: Chain, setting: Setting, expired: Callable[[], bool]) -> Plan:
         for rank, hint in enumerate(hints[:_HINTS]):
             if rank and hint.support.evidence < _LEAST_HINT:
                 break
-            chain = yield from _straighten(hint, setting, expired, _STRAIGHTENED_HINT)
+            chain = yield from _straighten(hint, setting, expired, _STRAIGHTENED_HINT, rough=True)
             if chain.support.beats(best.support):
                 best = chain
             if best.suffices():

@@ -141,7 +141,7 @@ def seen_through(source: Source, warp: Warp) -> tuple[Tensor, Tensor | None]:
     extent = mapped.new_tensor(source.size_wh)
     inside = ((mapped >= 0) & (mapped <= extent)).all(-1).to(dtype)[None, None].to(device)
     grid = (2 * mapped / extent - 1).clamp(-2, 2).to(device=device, dtype=dtype)[None]
-    mode = "bicubic" if samples_x * samples_y == 1 else "bilinear"
+    mode = "bilinear"
     values = F.grid_sample(pixels, grid, mode=mode, padding_mode="border", align_corners=False).clamp(0, 1)
     if source.mask is not None:
         seen = F.grid_sample(source.mask, grid, mode="nearest", padding_mode="border", align_corners=False)
