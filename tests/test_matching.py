@@ -225,3 +225,42 @@ def test_the_package_imports_without_what_reads_images() -> None:
     code = "import sys, eloftr_ops; print('eloftr_ops.matching' in sys.modules, 'match_images' in eloftr_ops.__all__)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "True"]
+
+
+def test_more_effort_matches_a_turned_image(tmp_path: Path) -> None:
+    upright = Image.fromarray(photograph(192, 256)).convert("L")
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    once, again = (
+        match_images(upright, turned, resize=224, effort=effort) for effort in ("fast", "thorough")
+    )
+    assert (once.looks, once.views) == (1, ("as they are",))
+    assert again.looks > 1
+    assert "image 1 turned by 90 degrees" in again.views
+    x, y = again.keypoints0.T
+    error = (again.keypoints1 - torch.stack([y, 256 - x], 1)).norm(dim=1)  # in pixels of the images as given
+    assert (error < 3).sum() > 200
+    assert again.verdict.related
+    assert again.image1.size_wh == (168, 224)  # as matched
+    again.save(tmp_path / "matches.npz")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"effort": "high"}, "effort: expected one of fast, normal, thorough"),
+        ({"effort": "normal", "tile": 256}, "effort: expected fast with tile, got normal"),
+        ({"seconds": 1.0}, "seconds: expected None with effort fast"),
+        ({"effort": "normal", "seconds": -1.0}, "seconds: expected a number of seconds"),
+    ],
+)
+def test_efforts_that_cannot_be_are_named(arguments: dict[str, Any], message: str) -> None:
+    image = photograph()
+    with pytest.raises(ArgumentError, match=message):
+        match_images(image, image, Corners(), **arguments)
+
+
+def test_blank_images_give_no_match_with_any_effort() -> None:
+    blank = np.full((64, 64), 128, dtype=np.uint8)
+    matches = match_images(blank, blank, Corners(), effort="thorough")
+    assert len(matches) == 0
+    assert not matches.verdict.related

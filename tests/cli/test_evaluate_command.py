@@ -138,6 +138,23 @@ def test_each_estimator_is_reached_from_the_command(run: Callable[..., Result], 
     assert record()["totals"]["homography"]["corner_auc@3"] > 99
 
 
+@pytest.mark.parametrize(("effort", "searched"), [("fast", False), ("thorough", True)])
+def test_an_effort_is_reached_from_the_command(
+    run: Callable[..., Result], effort: str, searched: bool
+) -> None:
+    asked: list[int] = []
+
+    class Counted(Nothing):
+        def forward(self, data: Mapping[str, Any], **options: Any) -> dict[str, Tensor]:
+            asked.append(1)
+            return super().forward(data, **options)
+
+    write_pairs(10)
+    assert run(*JSON, "--effort", effort, matcher=Counted).exit_code == 0
+    assert record()["run"]["effort"] == effort
+    assert (len(asked) > 40) is searched
+
+
 def test_a_matcher_that_finds_nothing_gets_zero(run: Callable[..., Result]) -> None:
     write_pairs(10, 20)
     result = run(*JSON, matcher=Nothing)
@@ -217,7 +234,7 @@ def test_a_file_without_pairs_is_refused(run: Callable[..., Result]) -> None:
 def test_help_at_80_columns_names_every_option_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     for command in app.registered_commands:
-        name = command.callback.__name__
+        name = command.name or command.callback.__name__.replace("_", "-")
         text = CliRunner().invoke(app, [name, "--help"]).stdout
         assert max(map(len, text.splitlines())) <= 80
         for option in inspect.signature(command.callback).parameters.values():

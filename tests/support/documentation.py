@@ -37,6 +37,16 @@ def _bundled_pair(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
     return {}
 
 
+def _guided(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The bundled pair at half size, as tensors, and as files of which one is turned."""
+    for number, name in enumerate(("left.jpg", "turned.jpg")):
+        with Image.open(ASSETS / f"demo_{number}.jpg") as image:
+            half = image.resize((320, 240))
+            (half.transpose(Image.Transpose.ROTATE_90) if number else half).save(folder / name, quality=95)
+    image0, image1 = (torch.nn.functional.avg_pool2d(image, 2) for image in demo_pair()[:2])
+    return {"image0": image0, "image1": image1}
+
+
 def _readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     _bundled_pair(folder, monkeypatch)
     _weight_files(folder, monkeypatch)
@@ -202,6 +212,7 @@ SET_UP: dict[str, Callable[[Path, pytest.MonkeyPatch], dict[str, Any]]] = {
     "docs/data.md": _megadepth,
     "docs/differentiability.md": _pair,
     "docs/evaluation.md": _labelled_pairs,
+    "docs/guided.md": _guided,
     "docs/index.md": _bundled_pair,
     "docs/kernels/aggregated_attention.md": _maps,
     "docs/kernels/dual_softmax.md": _maps,
