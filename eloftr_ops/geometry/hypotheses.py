@@ -140,15 +140,8 @@ def consensus_from_matches(
     check_sampling(confidence, max_iterations)
     check_scale("robust_scale", robust_scale)
     check_scale("temperature", temperature)
-    if hypotheses < 1 or refine_steps < 0:
-        raise ValueError(
-            f"hypotheses, refine_steps: expected at least 1 and 0, got {hypotheses} and {refine_steps}"
-        )
-    seed = (
-        0
-        if generator is None
-        else int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    )
+    _check_counts(hypotheses, refine_steps)
+    seed = _seed_from(generator)
     cameras = None if K0 is None or K1 is None else (camera_matrix(K0), camera_matrix(K1))
     kind = "essential" if model == "pose" else model
 
@@ -182,6 +175,19 @@ def consensus_from_matches(
     matches = Matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
     solved = solve_in_pieces(matches, solve, one_unit=kind == "fundamental")
     return ConsensusHypotheses(*(returned(x, keypoints0) for x in solved))
+
+
+def _check_counts(hypotheses: int, refine_steps: int) -> None:
+    if hypotheses < 1 or refine_steps < 0:
+        raise ValueError(
+            f"hypotheses, refine_steps: expected at least 1 and 0, got {hypotheses} and {refine_steps}"
+        )
+
+
+def _seed_from(generator: torch.Generator | None) -> int:
+    if generator is None:
+        return 0
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 def in_frame_of(

@@ -328,14 +328,11 @@ class EfficientLoFTR(LoFTR):
         return next(self.parameters()).dtype
 
     def check_input(self, data: Mapping[str, Any], *, values: bool = True) -> PairInput:
-        """The input of :meth:`forward`, checked.
+        """The input of :meth:`forward`, checked; it raises what that raises.
 
         Args:
             data: as for :meth:`forward`.
             values: check the range of images and masks too, for which a GPU is waited for.
-
-        Raises:
-            ValueError, TypeError: as :meth:`forward`.
         """
         dtype = next(self.pyramid.parameters()).dtype  # that of the backbone's maps
         return checked_pair(data, self.config.stage_channels[1:], self.device, dtype, values=values)
