@@ -28,6 +28,7 @@ def _store_cell(
     value, map_ptr, cell, row, column, token_in, channel, H, W, stride_c, stride_y, stride_x, C: tl.constexpr
 ):  # fmt: skip
     """Write one cell of every token of the block; cells beyond the map do not exist."""
+    # 4 is SIDE, see `_load_cell`.
     y = row * SIDE + cell // 4
     x = column * SIDE + cell % 4
     inside = token_in & (y < H) & (x < W)
@@ -118,7 +119,11 @@ def _attention_bwd(
     N, M, scale, scale_log2, C: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, HAS_SOURCE_MASK: tl.constexpr,
     ROTARY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients to the unrotated q, k, v of one head: blocks of keys first, then blocks of queries; no atomics."""
+    """Gradients to the unrotated q, k, v of one head: blocks of keys first, then blocks of queries; no atomics.
+
+    Shapes: q, out and grad (of out) (B, N, C), k and v (B, M, C), key_valid (B, M), lse (B, HEADS, N),
+    rotary (2, N, C / 2). Written: grad_q (B, N, C), grad_k and grad_v (B, M, C).
+    """
     block = tl.program_id(0)
     key_blocks = (M + BLOCK_K - 1) // BLOCK_K
     if block < key_blocks:
@@ -208,6 +213,10 @@ def _tokens_bwd(
 
     Each cell belongs to one token, so every element of the maps' gradients is written once. The normalised tokens
     are written too: the projections' weight gradients are matrix products with them.
+
+    Shapes: the maps, masks, conv and norm_* as in ``_tokens_fwd``; grad_query (B, N, C) and grad_key (B, M, C), of the
+    normalised tokens. Written: query (B, N, C), key (B, M, C), grad_x and grad_source like the maps, by their strides;
+    norm_partial (blocks, 2, C), first those of x; conv_partial (blocks of x, 16, C).
     """
     sample, block = tl.program_id(1), tl.program_id(0) // 2
     token = block * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -25,6 +25,7 @@ def _load_cell(
     C: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """One cell of every token of the block, zero where there is none: (T, C) float32, and (T,) whether it counts."""
+    # 4 is SIDE. In Triton's interpreter `cell` is a Python number, and number % constexpr is an error there.
     y = row * SIDE + cell // 4
     x = column * SIDE + cell % 4
     inside = token_in & (y < H) & (x < W)
@@ -141,6 +142,11 @@ def _tokens_fwd(
     """Even programs: q = R Wq LN(DWConv(x)). Odd ones: k = R Wk LN(MaxPool(s)), v = Wv LN(MaxPool(s)).
 
     Neighbouring programs read the same cells in self-attention, so that the second reads them from the cache.
+
+    Shapes, with N tokens of x and M of the source: x (B, C, H, W) and source (B, C, SH, SW), by their strides; mask
+    (B, H, W), source_mask (B, SH, SW); conv (C, 16); norm_weight, norm_bias (C,); q_weight, k_weight, v_weight (C, C),
+    outputs first; rotary (2, N, C / 2), cosines and sines. Written: q (B, N, C), k and v (B, M, C),
+    query_valid (B, N), key_valid (B, M).
     """
     sample = tl.program_id(1)
     token = tl.program_id(0) // 2 * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -182,7 +188,11 @@ def _attention_fwd(
     C: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SOURCE_MASK: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """softmax(q k^T / sqrt(D)) v of one head; ``lse`` is the row's log2-sum-exp2 (+inf: the row attends nothing)."""
+    """softmax(q k^T / sqrt(D)) v of one head; ``lse`` is the row's log2-sum-exp2 (+inf: the row attends nothing).
+
+    Shapes: q (B, N, C), k and v (B, M, C), query_valid (B, N), key_valid (B, M). Written: out (B, N, C),
+    lse (B, HEADS, N).
+    """
     head, sample = tl.program_id(1), tl.program_id(2)
     query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     query_in = query < N

@@ -27,7 +27,11 @@ def _update_bwd(
     C: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_U: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Recomputes the activations and goes back through LayerNorm: stores the gradient of what it normalised."""
+    """Recomputes the activations and goes back through LayerNorm: stores the gradient of what it normalised.
+
+    Shapes: grad (B, C, H, W), by its strides; the other inputs as in ``_upsample_mlp_fwd``. Written: grad_update
+    (B, H * W, C), active (B, H * W, 2C), share (B, H, W) with a mask, norm_partial (blocks, 2, C).
+    """
     sample = tl.program_id(1)
     tokens = (H + SIDE - 1) // SIDE * ((W + SIDE - 1) // SIDE)
     position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -72,7 +76,11 @@ def _hidden_bwd(
     C: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_U: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Back through both linear layers: stores the gradients of the hidden units and of x."""
+    """Back through both linear layers: stores the gradients of the hidden units and of x.
+
+    Shapes: grad as in ``_update_bwd``, which wrote grad_update and active. Written: grad_hidden (B, H * W, 2C), and
+    grad_x (B, C, H, W), by its strides.
+    """
     sample = tl.program_id(1)
     position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     position_in = position < H * W
@@ -112,7 +120,10 @@ def _upsample_bwd(
     grad_hidden_ptr, valid_ptr, share_ptr, grad_coarse_ptr, H, W,
     C: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """Transpose of up_4 as a gather: every token sums the cells of its 8x8 window in order, so that runs agree."""
+    """Transpose of up_4 as a gather: every token sums the cells of its 8x8 window in order, so that runs agree.
+
+    Shapes: grad_hidden (B, H * W, 2C), valid (B, N), share (B, H, W) with a mask. Written: grad_coarse (B, N, 2C).
+    """
     sample = tl.program_id(2)
     rows, columns = (H + SIDE - 1) // SIDE, (W + SIDE - 1) // SIDE
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -128,6 +128,9 @@ def _upsample_mlp_fwd(
     """Writes y = x + LN(W2 LeakyReLU(W1x (x - common) + up_4(coarse))); masked cells are zero.
 
     coarse = W1m m + W1x common, where there is something in common to take out.
+
+    Shapes, with N tokens: x (B, C, H, W), by its strides; coarse (B, N, 2C); common (B, C) or None; expand (2C, 2C);
+    contract (C, 2C); norm_weight, norm_bias (C,); mask (B, H, W); valid (B, N). Written: y (B, H, W, C).
     """
     sample = tl.program_id(1)
     tokens = (H + SIDE - 1) // SIDE * ((W + SIDE - 1) // SIDE)
