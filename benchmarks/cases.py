@@ -72,7 +72,7 @@ class PairCase(NamedTuple):
     repeats: int
     batch: int = 1
     warm: bool = (
-        True  # an untimed run first; the largest cases do without, after smaller ones of the same code
+        True  # an untimed run first; the largest cases go without, after smaller ones of the same code
     )
     alike: bool = False  # the image with itself, where random weights find many matches too
     channels: int = 0  # of a convolution

@@ -33,9 +33,7 @@ class Views(NamedTuple):
     """N cameras, each with the facets that it may see."""
 
     ids: Tensor  # (N, V) int64 index of each of the V facets in its scene
-    inverse: (
-        Tensor  # (N, V, 3, 3) camera coordinates to (a, b, 1) times inverse depth; zero if absent or edge-on
-    )
+    inverse: Tensor  # (N, V, 3, 3) camera coordinates to (a, b, 1) / depth; zero if absent or edge-on
     K: Tensor  # (N, 3, 3)
     T: Tensor  # (N, 4, 4) world to camera
 
@@ -125,9 +123,8 @@ def cast(views: Views, rays: Tensor) -> Hits:
         nearness *= torch.le(reach, nearness, out=met)
         torch.gt(nearness, nearest, out=met)
         torch.maximum(nearest, nearness, out=nearest)
-        torch.maximum(
-            facet, met.view(torch.uint8).mul_(number), out=facet
-        )  # numbers grow: the last one that met
+        # Numbers grow, so the maximum is the last facet that was nearer.
+        torch.maximum(facet, met.view(torch.uint8).mul_(number), out=facet)
     return Hits(facet.long(), nearest)
 
 

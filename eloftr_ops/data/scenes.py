@@ -251,9 +251,8 @@ class ScenePairs:
     def _first_with_content(self, texture: Tensor, centres: Tensor, reach: Tensor, sizes: Tensor) -> Tensor:
         """Of centres (K, B, P, 2), the first whose surroundings show detail, else the most detailed; (B, P, 2)."""
         steps = torch.linspace(-0.75, 0.75, 4, device=reach.device, dtype=reach.dtype)
-        around = (
-            centres[..., None, :] + torch.cartesian_prod(steps, steps) * reach[..., None, :]
-        )  # (K, B, P, 16, 2)
+        offsets = torch.cartesian_prod(steps, steps) * reach[..., None, :]
+        around = centres[..., None, :] + offsets  # (K, B, P, 16, 2)
         side = self._activity.shape[-1]
         cells = (around / sizes[..., None, :] * side).long().clamp(0, side - 1)
         activity = self._activity[texture[..., None], cells[..., 1], cells[..., 0]].mean(-1)

@@ -35,9 +35,7 @@ class ConsensusEstimate(NamedTuple):
 
     model_0to1: Tensor  # (B, 3, 3) homography, fundamental or essential matrix, or (B, 4, 4) pose
     valid: Tensor  # (B,) bool: a model was found and its inliers determine one
-    inliers: (
-        Tensor  # (M,) bool, in the order of the matches; False for every match of a pair that is not valid
-    )
+    inliers: Tensor  # (M,) bool, in the order of the matches; all False for a pair that is not valid
 
 
 @eager

@@ -63,12 +63,8 @@ class StaticMatcher(nn.Module):
         keypoints0, keypoints1, confidence, valid = self.matcher.match_static(
             image0, image1, mask0, mask1, max_matches=self.max_matches, mode="hard"
         )
-        return (
-            keypoints0,
-            keypoints1,
-            confidence,
-            valid,
-        )  # a plain tuple: whoever loads the graph has no class of ours
+        # A plain tuple: a program that loads the graph does not have our classes.
+        return (keypoints0, keypoints1, confidence, valid)
 
 
 @contextlib.contextmanager

@@ -273,9 +273,8 @@ def _window_points(cells: Tensor, grid: tuple[int, int], like: Tensor) -> Tensor
 def _window_targets(
     points0: Tensor, points1: Tensor, seen: Tensor, cells1: Tensor, grid1: tuple[int, int]
 ) -> WindowTargets:
-    origin = (
-        _positions(cells1, grid1).to(points1)[:, None] - (CELL - 1) / 2
-    )  # centre of the window's first pixel
+    # The centre of the window's first pixel.
+    origin = _positions(cells1, grid1).to(points1)[:, None] - (CELL - 1) / 2
     relative = points1 - origin
     pixel = relative.round()
     on_images = (points0 > 0).all(-1) & (origin + pixel > 0).all(-1)

@@ -43,9 +43,7 @@ class WinogradConv3x3(nn.Module):
 
     weight: Tensor  # (36, C_in, C_out), transformed
     bias: Tensor  # (C_out,)
-    of_inputs: (
-        Tensor  # (36, 36), along both axes of a tile at once: a product of matrices that are not as tiny
-    )
+    of_inputs: Tensor  # (36, 36), along both axes of a tile at once: larger matrices are faster
     of_products: Tensor  # (16, 36)
 
     def __init__(self, conv: nn.Conv2d) -> None:

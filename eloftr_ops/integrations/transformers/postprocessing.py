@@ -73,9 +73,8 @@ def _drawn(image0: Image.Image, image1: Image.Image, matches: dict[str, Tensor])
     canvas.paste(image1, (image0.width, 0))
     draw = ImageDraw.Draw(canvas)
     shift = torch.tensor([image0.width, 0.0])
-    ends0 = (
-        matches["keypoints0"].detach().cpu().float() - 0.5
-    ).tolist()  # Pillow's pixel centres are integers
+    # Pillow's pixel centres are integers.
+    ends0 = (matches["keypoints0"].detach().cpu().float() - 0.5).tolist()
     ends1 = (matches["keypoints1"].detach().cpu().float() - 0.5 + shift).tolist()
     scores = matches["matching_scores"].detach().cpu().float().clamp(0, 1).tolist()
     for (x0, y0), (x1, y1), score in sorted(zip(ends0, ends1, scores, strict=True), key=lambda m: m[2]):
