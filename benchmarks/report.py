@@ -79,43 +79,43 @@ def write_page(results: Path, docs: Path) -> Path:
     (docs / "images").mkdir(parents=True, exist_ok=True)
     lines = [_INTRODUCTION]
     for path in paths:
-        made = record.read(path)
-        if made["quick"]:
+        stored = record.read(path)
+        if stored["quick"]:
             raise ValueError(f"{path}: made by --quick, which measures nothing; run it again without.")
-        lines += section(made, path.stem, docs / "images")
+        lines += section(stored, path.stem, docs / "images")
     page = docs / "benchmarks.md"
     page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return page
 
 
-def section(made: dict[str, Any], stem: str, images: Path) -> list[str]:
+def section(stored: dict[str, Any], stem: str, images: Path) -> list[str]:
     """One record as Markdown lines; its plots are written into ``images``."""
-    where = made["environment"]
+    where = stored["environment"]
     versions = ", ".join(f"{name} {v or 'not installed'}" for name, v in where["versions"].items())
     dirty = {True: ", with uncommitted changes", False: "", None: ""}[where["dirty"]]
     load = " ".join(f"{x:.1f}" for x in where["load_average"])
     lines = [
-        f"## {_TITLES[made['suite']]}: {made['device']['name']}, {made['dtype']}",
+        f"## {_TITLES[stored['suite']]}: {stored['device']['name']}, {stored['dtype']}",
         "",
         f"Commit `{where['commit'][:12]}`{dirty}; {where['time']}; {versions}; {where['threads']} threads; load "
         f"average {load} at the start; float32 matrix products: {where['float32_matmul_precision']}; "
-        f"{made['seconds'] / 60:.1f} minutes.",
+        f"{stored['seconds'] / 60:.1f} minutes.",
         "",
     ]
     limits = [
         f"{_LIMITS[name][0]} {value / 1e9:.4g} {_LIMITS[name][1]}"
-        for name, value in made["limits"].items()
+        for name, value in stored["limits"].items()
         if value
     ]
     lines += [f"Limits measured in the same run: {', '.join(limits)}.", ""] if limits else []
-    for title, name in _plots(made, stem, images):
+    for title, name in _plots(stored, stem, images):
         lines += [f"![{title}](images/{name})", ""]
-    for gate in dict.fromkeys(case["gate"] for case in made["cases"]):
-        held = sorted({case["group"] for case in made["cases"] if case["gate"] == gate})
+    for gate in dict.fromkeys(case["gate"] for case in stored["cases"]):
+        held = sorted({case["group"] for case in stored["cases"] if case["gate"] == gate})
         lines += [f"Gate of {', '.join(held)}: {gate}.", ""]
-    for case in made["cases"]:
+    for case in stored["cases"]:
         lines += [*case_table(case), ""]
-    return lines + slope_table(made["cases"])
+    return lines + slope_table(stored["cases"])
 
 
 def case_table(case: dict[str, Any]) -> list[str]:
@@ -187,9 +187,9 @@ _LIMITS = {
 }
 
 
-def _plots(made: dict[str, Any], stem: str, images: Path) -> Iterator[tuple[str, str]]:
+def _plots(stored: dict[str, Any], stem: str, images: Path) -> Iterator[tuple[str, str]]:
     """Draw what the record has data for; title and file name of each."""
-    cases = made["cases"]
+    cases = stored["cases"]
     for measure in ("forward", "forward+backward"):
         speeds_by_case = {
             case["name"]: speeds

@@ -59,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _print_peak(options.suites[0], options.peak_of, context)
         bad = 0
         for suite in options.suites:
-            made = _run_suite(suite, context, deadline, options)
+            result = _run_suite(suite, context, deadline, options)
             bad += sum(
-                row["status"] in ("refused", "failed") for case in made["cases"] for row in case["rows"]
+                row["status"] in ("refused", "failed") for case in result["cases"] for row in case["rows"]
             )
     return int(bad > 0)
 
@@ -94,26 +94,28 @@ def _chosen(suite: str, context: Context, options: argparse.Namespace) -> list[B
 
 def _run_suite(suite: str, context: Context, deadline: float, options: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
-    made = _empty_record(suite, context)
-    print(f"# {suite} on {made['device']['name']}, {made['dtype']}, {made['environment']['threads']} threads")
+    result = _empty_record(suite, context)
+    print(
+        f"# {suite} on {result['device']['name']}, {result['dtype']}, {result['environment']['threads']} threads"
+    )
     if suite in ("kernels", "matcher"):
-        made["limits"] |= machine_limits(context.device, DTYPES[context.dtype], quick=context.quick)
+        result["limits"] |= machine_limits(context.device, DTYPES[context.dtype], quick=context.quick)
     for benchmark in _chosen(suite, context, options):
         case, runs = run_benchmark(benchmark, suite, context, deadline)
-        _keep_floor(case, made["limits"])
-        limit_fractions(case, made["limits"], made["dtype"])
-        made["cases"].append(case)
-        made["seconds"] = time.monotonic() - start
+        _keep_floor(case, result["limits"])
+        limit_fractions(case, result["limits"], result["dtype"])
+        result["cases"].append(case)
+        result["seconds"] = time.monotonic() - start
         print("\n".join(["", *case_table(case)]), flush=True)
         if options.profile:
-            _print_profile(benchmark, runs, context, made["limits"])
+            _print_profile(benchmark, runs, context, result["limits"])
         if options.json:  # after every case: what is measured stays measured if the run is cut off
-            path = record.write(made, options.output)
-    print("\n".join(["", *slope_table(made["cases"])]))
-    record.check_record(made)
-    if options.json and made["cases"]:
+            path = record.write(result, options.output)
+    print("\n".join(["", *slope_table(result["cases"])]))
+    record.check_record(result)
+    if options.json and result["cases"]:
         print(f"\nwritten {path}")
-    return made
+    return result
 
 
 def _empty_record(suite: str, context: Context) -> dict[str, Any]:

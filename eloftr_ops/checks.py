@@ -195,8 +195,8 @@ def checked_pair(
     sides: list[ImageInput | Features] = []
     for side in "01":
         if f"features{side}" in data:
-            given = data[f"features{side}"]
-            sides.append(check_features(f"features{side}", given, widths, device, dtype, values=values))
+            features = data[f"features{side}"]
+            sides.append(check_features(f"features{side}", features, widths, device, dtype, values=values))
             continue
         mask = None
         pixels = check_image(f"image{side}", data[f"image{side}"], device)

@@ -89,13 +89,13 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: expected a folder, or a path that does not exist, got the file {folder}.")
     folder = Path(os.path.realpath(folder))
-    made = _make_folders(folder)
+    created = _make_folders(folder)
     try:
         with _writers_turn(folder):
             for name, content in files.items():
                 write_file(folder / name, content)
     except BaseException:
-        for path in made:
+        for path in created:
             with contextlib.suppress(OSError):
                 path.rmdir()  # refuses where a file is in it
         raise

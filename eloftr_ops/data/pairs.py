@@ -94,8 +94,8 @@ class JsonPairs(LabelledPairs):
             raise FileError(f'{place}: expected an object with "image0" and "image1".')
         posed = {"K0", "K1", "T_0to1"} & entry.keys()
         if len(posed) not in (0, 3) or bool(posed) == ("H_0to1" in entry):
-            given = sorted(_FIELDS & entry.keys())
-            raise FileError(f"{place}: expected either H_0to1 or all of K0, K1, T_0to1, got {given}.")
+            labels = sorted(_FIELDS & entry.keys())
+            raise FileError(f"{place}: expected either H_0to1 or all of K0, K1, T_0to1, got {labels}.")
         if ("depth0" in entry) != ("depth1" in entry):
             raise FileError(f"{place}: expected depth of both images or of none.")
         views = (self._view(entry, "0", place), self._view(entry, "1", place))

@@ -143,10 +143,10 @@ def _check_uncompressed(path: Path) -> None:
 
 def _refusal(path: Path, error: Exception) -> str:
     """Why a pickle was refused. torch's own text is left out: it suggests to load the file all the same."""
-    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+    named_type = re.search(r"GLOBAL ([\w.]+)", str(error))
     reason = (
-        f"it asks for {wanted[1]}, which is not a tensor"
-        if wanted
+        f"it asks for {named_type[1]}, which is not a tensor"
+        if named_type
         else "it is damaged or no checkpoint at all"
     )
     return (

@@ -54,13 +54,13 @@ class WinogradConv3x3(nn.Module):
             )
         self.conv = conv
         a, _, b = transforms()
-        made = {
+        buffers = {
             "weight": torch.empty(0),
             "bias": torch.empty(0),
             "of_inputs": torch.kron(b, b).mT,
             "of_products": torch.kron(a, a).mT,
         }
-        for name, tensor in made.items():
+        for name, tensor in buffers.items():
             self.register_buffer(name, tensor.to(conv.weight).contiguous(), persistent=False)
         self._transform()
 
