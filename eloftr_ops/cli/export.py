@@ -44,6 +44,9 @@ _Size1 = typer.Option(help="HEIGHTxWIDTH of image 1; default: as --size.")
 _MaxMatches = typer.Option(help="Rows per pair, at most the 8 x 8 cells of image 0.")
 _Dtype = typer.Option(help="float16: the wide convolutions in float16.")
 _Batch = typer.Option(help="Pairs per call, or 'any' (onnx and torch-export).")
+_OpenSize = typer.Option(
+    "--open-size", help="torch-export: other sizes, too, multiples of 32, the same for both."
+)
 _Masks = typer.Option("--masks", help="The graph takes mask0 and mask1, too.")
 
 
@@ -57,6 +60,7 @@ def export(
     dtype: Annotated[Dtype, _Dtype] = Dtype.float32,
     batch: Annotated[str, _Batch] = "1",
     masks: Annotated[bool, _Masks] = False,
+    open_size: Annotated[bool, _OpenSize] = False,
 ) -> None:
     """Write the matcher as a graph of fixed shapes that runs without this library; checked when written."""
     from eloftr_ops.inference import export as exporting  # torch.export is slow to import
@@ -75,6 +79,7 @@ def export(
                 max_matches=max_matches,
                 masks=masks,
                 dtype=getattr(torch, dtype.value),
+                open_size=open_size,
             )
         except (ArgumentError, FileError):
             raise

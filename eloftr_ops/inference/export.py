@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import os
 import tempfile
 import time
@@ -28,7 +29,7 @@ from eloftr_ops.inference.export_check import ExportError, Graph, check_images, 
 from eloftr_ops.inference.static import OUTPUT_NAMES, StaticMatcher, plain_operations
 from eloftr_ops.io import check_output
 from eloftr_ops.model.matcher import SIZE_MULTIPLE, EfficientLoFTR
-from eloftr_ops.types import StaticMatches
+from eloftr_ops.types import CELL, StaticMatches
 
 __all__ = [
     "SUFFIXES",
@@ -70,6 +71,7 @@ def export(
     max_matches: int = 2048,
     masks: bool = False,
     dtype: torch.dtype = torch.float32,
+    open_size: bool = False,
 ) -> ExportReport:
     """Write a graph that matches images of one size, and check it on the CPU.
 
@@ -90,6 +92,9 @@ def export(
         max_matches: rows per pair, at most the coarse cells of image 0.
         masks: the graph takes masks.
         dtype: float32, or float16 for the wide convolutions.
+        open_size: for ``torch-export``: the program takes images of other sizes, too, both of the same, with sides that
+            are multiples of 32 and not so small that there are fewer cells than ``max_matches``. It is checked at
+            ``size`` and at another size.
 
     Returns:
         What was written. ``shared`` compares with the float32 matcher: at least 99.5 % within 0.01 pixels for float32,
@@ -109,12 +114,17 @@ def export(
     _check_sizes({"size": size, "size1": size1})
     check_max_matches(max_matches, size, SIZE_MULTIPLE)
     _check_batch(batch, format)
+    if open_size:
+        _check_open_size(format, size, size1, max_matches)
     start = time.perf_counter()
     static = StaticMatcher(matcher, max_matches=max_matches, masks=masks, dtype=dtype)
     exact = StaticMatcher(matcher, max_matches=max_matches, masks=masks)
     with plain_operations():
         of = samples(exact, check_images(size, size1, batch or 2, masks))
-        program = _traced(static, of[0].inputs, dynamic=batch is None)
+        if open_size:
+            larger = size[0] + 2 * SIZE_MULTIPLE, size[1] + SIZE_MULTIPLE
+            of += samples(exact, check_images(larger, larger, batch or 2, masks))
+        program = _traced(static, of[0].inputs, _open_dimensions(batch is None, open_size, max_matches))
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
             file = Path(folder) / path.name
@@ -148,12 +158,44 @@ def _check_batch(batch: int | None, format: Format) -> None:  # noqa: A002
         raise ValueError(f"batch: expected a whole number of at least 1, or None, got {batch}.")
 
 
+def _check_open_size(
+    format: Format,  # noqa: A002
+    size: tuple[int, int],
+    size1: tuple[int, int],
+    max_matches: int,
+) -> None:
+    if format != "torch-export":
+        raise ValueError(f"open_size: expected the format torch-export, got {format}, which takes one size.")
+    least = SIZE_MULTIPLE * _least_steps(max_matches)
+    if size1 != size or any(side % SIZE_MULTIPLE or side < least for side in size):
+        raise ValueError(
+            f"size: expected one size for both images, multiples of {SIZE_MULTIPLE} of at least {least} for an open "
+            f"size and max_matches={max_matches}, got {size} and {size1}."
+        )
+
+
+def _least_steps(max_matches: int) -> int:
+    """Of 32 pixels, for both sides of an image with at least ``max_matches`` cells."""
+    return max(2, math.ceil(math.sqrt(max_matches) / (SIZE_MULTIPLE // CELL)))
+
+
+def _open_dimensions(batch: bool, size: bool, max_matches: int) -> dict[str, dict[int, Any]] | None:
+    """Dimensions that are symbols, by the name of the input; None where all are numbers."""
+    if not (batch or size):
+        return None
+    of_batch = {0: torch.export.Dim("batch", min=1, max=1024)} if batch else {}
+    sides: list[Any] = []
+    if size:
+        least = _least_steps(max_matches)
+        sides = [SIZE_MULTIPLE * torch.export.Dim(name, min=least, max=256) for name in ("rows", "columns")]
+    return {name: {**of_batch, **dict(enumerate(sides, 2 - name.startswith("mask")))} for name in _INPUTS}
+
+
 def _traced(
-    static: StaticMatcher, inputs: tuple[Tensor, ...], *, dynamic: bool
+    static: StaticMatcher, inputs: tuple[Tensor, ...], dimensions: dict[str, dict[int, Any]] | None
 ) -> torch.export.ExportedProgram:
     named = dict(zip(_INPUTS, inputs, strict=False))
-    open_batch = {0: torch.export.Dim("batch", min=1, max=1024)}
-    shapes = dict.fromkeys(named, open_batch) if dynamic else None
+    shapes = None if dimensions is None else {name: dimensions[name] for name in named}
     try:
         return torch.export.export(static, (), named, dynamic_shapes=shapes, strict=False)
     except (ValueError, TypeError):
@@ -179,7 +221,8 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> Graph:
     except onnx.checker.ValidationError as error:
         raise ExportError(f"onnx.checker refuses the graph: {_first_line(error)}") from error
     except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"torch.onnx cannot export the matcher: {_first_line(error)}") from error
+        reason = _first_line(error.__cause__ or error)  # the cause names the operation
+        raise ExportError(f"torch.onnx cannot export the matcher: {reason}") from error
     foreign = foreign_operators(file)
     if foreign:
         raise ExportError(f"The graph has operators outside the ONNX standard: {', '.join(foreign)}.")
@@ -251,6 +294,6 @@ def _require(*packages: str) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

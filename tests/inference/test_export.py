@@ -156,6 +156,19 @@ def test_the_command_writes_a_program_with_masks_and_two_sizes(
     assert got.keypoints0[got.valid][:, 1].max() < 40
 
 
+def test_a_program_of_any_size_and_batch(tmp_path: Path) -> None:
+    options = {"size": (64, 64), "batch": None, "max_matches": 60, "open_size": True}
+    report = export(small_matcher(), tmp_path / "model.pt2", format="torch-export", **options)
+    assert report.shared >= 0.995
+    loaded = torch.export.load(report.path).module()
+    for batch, (height, width) in ((1, (64, 96)), (3, (128, 64))):
+        image = random_images(batch, height, width, seed=3)
+        with torch.no_grad():
+            got = StaticMatches(*loaded(image0=image, image1=0.95 * image))
+            expected = small_matcher().match_static(image, 0.95 * image, max_matches=60)
+        assert_agrees(got, expected)
+
+
 def wrong(graph: export_check.Graph) -> export_check.Graph:
     """A graph whose keypoints are a pixel off."""
 
@@ -228,6 +241,12 @@ BAD = {
     "no pairs": ({"batch": 0}, ValueError, "batch: expected a whole number of at least 1, or None, got 0"),
     "another format": ({"format": "tflite"}, ValueError, "format: expected .*onnx.*, got 'tflite'"),
     "any batch": ({"format": "aoti", "batch": None}, ValueError, "batch: expected a number for aoti, got None"),
+    "open for onnx": ({"open_size": True}, ValueError, "open_size: expected the format torch-export, got onnx"),
+    "an open size that is small": (
+        {"format": "torch-export", "open_size": True, "path": "model.pt2", "max_matches": 96},
+        ValueError,
+        "size: expected one size for both images, multiples of 32 of at least 96 for an open size",
+    ),
     "another suffix": ({"path": "model.pt"}, FileError, "model.pt: expected a name that ends in .onnx, got .pt"),
     "no folder": ({"path": "nowhere/model.onnx"}, FileError, "the folder .*nowhere does not exist"),
 }  # fmt: skip
