@@ -47,6 +47,7 @@ class JsonPairs(LabelledPairs):
         path: the JSON file.
         root: folder that the paths in it start from; None for the file's own.
         pixel_centers: 0 or 0.5, over what the file says.
+        labels: every pair must have a label; False: what a pair lacks is not asked for.
         options: how pairs are read.
 
     Raises:
@@ -59,10 +60,11 @@ class JsonPairs(LabelledPairs):
         root: str | Path | None = None,
         *,
         pixel_centers: float | None = None,
+        labels: bool = True,
         options: PairOptions | None = None,
     ) -> None:
         super().__init__(options)
-        self._path = Path(path)
+        self._path, self._labels = Path(path), labels
         self._root = Path(root) if root is not None else self._path.parent
         try:
             content = json.loads(self._path.read_text(encoding="utf-8"))
@@ -93,12 +95,15 @@ class JsonPairs(LabelledPairs):
         if not isinstance(entry, dict) or not {"image0", "image1"} <= entry.keys():
             raise FileError(f'{place}: expected an object with "image0" and "image1".')
         posed = {"K0", "K1", "T_0to1"} & entry.keys()
-        if len(posed) not in (0, 3) or bool(posed) == ("H_0to1" in entry):
+        bare = not self._labels and not posed and "H_0to1" not in entry
+        if len(posed) not in (0, 3) or (bool(posed) == ("H_0to1" in entry) and not bare):
             labels = sorted(_FIELDS & entry.keys())
             raise FileError(f"{place}: expected either H_0to1 or all of K0, K1, T_0to1, got {labels}.")
         if ("depth0" in entry) != ("depth1" in entry):
             raise FileError(f"{place}: expected depth of both images or of none.")
         views = (self._view(entry, "0", place), self._view(entry, "1", place))
+        if bare:
+            return assemble(*views, self.options)
         if posed:
             return assemble(*views, self.options, T_0to1=_matrix(entry["T_0to1"], (4, 4), f"{place}: T_0to1"))
         H = _matrix(entry["H_0to1"], (3, 3), f"{place}: H_0to1")

@@ -21,7 +21,7 @@ from eloftr_ops.model.matcher import SIZE_MULTIPLE
 from eloftr_ops.training.supervision import DepthLabels
 from eloftr_ops.types import CELL
 
-HOMOGRAPHY, DEPTH, POSE = 0, 1, 2  # what is known about a pair
+HOMOGRAPHY, DEPTH, POSE, UNKNOWN = 0, 1, 2, 3  # what is known about a pair
 
 
 class TrainingBatch(NamedTuple):
@@ -33,7 +33,7 @@ class TrainingBatch(NamedTuple):
     mask1: Tensor | None
     valid0: Tensor  # (B, H, W) bool, pixels that may be labelled
     valid1: Tensor
-    kinds: Tensor  # (B,) int64: HOMOGRAPHY, DEPTH or POSE
+    kinds: Tensor  # (B,) int64: HOMOGRAPHY, DEPTH, POSE or UNKNOWN
     H_0to1: Tensor  # (B, 3, 3)
     depth0: Tensor  # (B, H, W), 0 where unknown
     depth1: Tensor
@@ -81,17 +81,14 @@ def batch_of_rendered(rendered: HomographyBatch | SceneBatch, seeds: Sequence[in
 
 
 def batch_of_labelled(pair: ImagePair, size_hw: tuple[int, int], seed: int) -> TrainingBatch:
-    """A batch of one labelled pair, reduced where it is larger than ``size_hw`` and filled up to it.
+    """A batch of one pair, reduced where it is larger than ``size_hw`` and filled up to it.
 
-    Raises:
-        ValueError: a pair without homography and without pose.
+    A pair without homography and without pose is UNKNOWN: only a reward that needs no label can use it.
     """
     pair = _padded(_reduced(pair, size_hw), size_hw)
     known = pair.T_0to1 is not None and pair.K0 is not None and pair.K1 is not None
-    if pair.H_0to1 is None and not known:
-        raise ValueError(f"{pair.name}: expected a homography, or intrinsics and a pose, got neither.")
     deep = pair.depth0 is not None and pair.depth1 is not None
-    kind = HOMOGRAPHY if pair.H_0to1 is not None else DEPTH if deep else POSE
+    kind = HOMOGRAPHY if pair.H_0to1 is not None else DEPTH if deep and known else POSE if known else UNKNOWN
     zeros = torch.zeros(size_hw)
 
     def one(value: Tensor | None, otherwise: Tensor) -> Tensor:

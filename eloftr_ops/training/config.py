@@ -88,6 +88,7 @@ class SourceConfig:
         min_score: of MegaDepth's overlap scores, pairs not above it are left out.
         max_score: of MegaDepth's overlap scores, pairs above it are left out.
         depth: read depth; without it pairs are supervised by their pose alone.
+        labels: of ``json``: every pair must have a label; False only for the objective ``support``.
 
     Raises:
         ValueError: a field that the kind needs is missing, or a weight that is not positive.
@@ -100,6 +101,7 @@ class SourceConfig:
     min_score: float = 0.0
     max_score: float = math.inf
     depth: bool = True
+    labels: bool = True
 
     def __post_init__(self) -> None:
         needed: dict[str, tuple[str, ...]] = {
@@ -349,6 +351,10 @@ class TrainingConfig:
         Raises:
             ValueError: none of them has.
         """
+        if self.objective.kind != "support" and not all(source.labels for source in self.data.sources):
+            raise ValueError(
+                "data.sources: expected labels for this objective, got labels: false. Set objective.kind: support."
+            )
         kinds = {source.kind for source in self.data.sources}
         if self.objective.kind == "homography_reward" and not kinds & {"homographies", "json"}:
             raise ValueError(

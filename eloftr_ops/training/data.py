@@ -199,7 +199,7 @@ def _open(
         )
     if source.kind == "scannet":
         return ScanNetPairs(root, source.index, depth=source.depth, options=options)
-    return JsonPairs(Path(source.index or ""), source.root, options=options)
+    return JsonPairs(Path(source.index or ""), source.root, labels=source.labels, options=options)
 
 
 def _at_size(pairs: LabelledPairs, size_hw: tuple[int, int]) -> LabelledPairs:

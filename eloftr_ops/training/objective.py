@@ -285,7 +285,7 @@ def _rewarded(batch: TrainingBatch, objective: ObjectiveConfig) -> Tensor:
     if objective.kind == "homography_reward":
         return batch.kinds == HOMOGRAPHY
     if objective.kind == "pose_reward":
-        return batch.kinds != HOMOGRAPHY
+        return (batch.kinds == DEPTH) | (batch.kinds == POSE)
     return torch.full_like(batch.kinds, objective.kind == "support", dtype=torch.bool)
 
 

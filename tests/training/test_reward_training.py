@@ -11,6 +11,7 @@ from eloftr_ops.losses import Candidates
 from eloftr_ops.training.config_file import config_from_dict
 from eloftr_ops.training.expected_reward import Geometry, ObjectiveConfig, reward_objective
 from support.models import random_images, tiny_model
+from support.pair_files import save_image
 from support.training_runs import gradients, losses, short
 
 CONFIG = ObjectiveConfig(kind="support", matches=40, windows=8, pixels=4, fits=2)
@@ -111,3 +112,21 @@ def test_bad_sections(section: dict[str, object], message: str) -> None:
     scenes = {"run": {"folder": "a"}, "data": {"procedural": 1, "sources": [{"kind": "scenes"}]}}
     with pytest.raises(ValueError, match=r"objective\.kind: expected pairs with homographies"):
         config_from_dict({**scenes, "objective": {"kind": "homography_reward"}})
+
+
+def test_pairs_of_photographs_without_labels(tmp_path: Path) -> None:
+    """Nothing but the names of two images: support is the reward, and no other objective takes them."""
+    for side in "01":
+        save_image(tmp_path / f"{side}.png", random_images(1, 64, 64)[0, 0])
+    (tmp_path / "pairs.json").write_text(
+        '{"pixel_centers": 0.5, "pairs": [{"image0": "0.png", "image1": "1.png"}]}'
+    )
+    source = {"kind": "json", "index": str(tmp_path / "pairs.json"), "labels": False}
+    sections: dict[str, dict[str, object]] = {
+        "data": {"sources": [source], "batch_pixels": 64 * 64},
+        "objective": {"kind": "support", "matches": 30, "windows": 0},
+    }
+    found = gradients(short(tmp_path / "run", **sections), "shares", 0, 1)
+    assert any(bool(x.any()) for name, x in found.items() if name != "loss")
+    with pytest.raises(ValueError, match=r"data\.sources: expected labels for this objective"):
+        short(tmp_path / "run", **{**sections, "objective": {"kind": "supervised"}})
