@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 
 from eloftr_kernels.noise import gumbel, keys
-from eloftr_ops.geometry import estimate_robust, fundamental_from_pose
-from eloftr_ops.geometry._residuals import SampsonResidual, TransferResidual
+from eloftr_ops.geometry import (
+    estimate_robust,
+    fundamental_from_pose,
+    sampson_residuals,
+    transfer_residuals,
+)
 from eloftr_ops.losses.expected_reward import (
     Candidates,
     agreement_rewards,
@@ -62,6 +66,7 @@ class ObjectiveConfig:
         pixel_weight: of the loss of pixels.
         entropy: weight of the entropy of cells.
         baseline: compare the draws of a pair with each other.
+        backend: of ``estimate_robust``: ``opencv``, ``poselib`` or ``torch``, which runs on a GPU.
 
     Raises:
         ValueError: a value out of range.
@@ -83,6 +88,7 @@ class ObjectiveConfig:
     pixel_weight: float = 1.0
     entropy: float = 0.0
     baseline: bool = True
+    backend: Literal["opencv", "poselib", "torch"] = "opencv"
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -112,6 +118,7 @@ class Geometry(NamedTuple):
     model: Literal["homography", "fundamental", "pose"]
     K0: Tensor | None = None  # (B, 3, 3), for poses
     K1: Tensor | None = None
+    backend: str = "opencv"  # of estimate_robust; torch has no loop over pairs, and runs on a GPU
 
 
 class RewardLoss(NamedTuple):
@@ -149,7 +156,7 @@ def reward_objective(
         - Frame of the models: that of the keypoints, the centre of pixel (x, y) at (x + 0.5, y + 0.5).
         - ``reward(found, strictness)`` gets N candidates and returns (N,) in [0, 1], 0 for a failure. Strictness is 1
           for models from cells and ``config.strictness`` for those from pixels, whose errors should be smaller.
-        - Models are found by :func:`eloftr_ops.geometry.estimate_robust`, on the CPU.
+        - Models are found by :func:`eloftr_ops.geometry.estimate_robust` with ``geometry.backend``.
         - A pair without a success costs zero, with zero gradient. No gradient is NaN or infinite.
 
     Args:
@@ -233,16 +240,18 @@ def reward_of_kind(
             lambda found, strictness: homography_reward(
                 found, truth, size_hw, scale=config.scale * strictness
             ),
-            Geometry("homography"),
+            Geometry("homography", backend=config.backend),
         )
     if config.kind == "pose_reward" and T_0to1 is not None:
         pose = T_0to1
         return (
             lambda found, strictness: pose_reward(found, pose, scale=config.scale * strictness),
-            Geometry("pose", K0, K1),
+            Geometry("pose", K0, K1, config.backend),
         )
     if config.kind == "support":
-        return lambda found, strictness: support_reward(found, chance=config.chance), Geometry(config.model)
+        return lambda found, strictness: support_reward(found, chance=config.chance), Geometry(
+            config.model, backend=config.backend
+        )
     raise ValueError(f"kind: expected a reward whose labels are there, got {config.kind}.")
 
 
@@ -308,21 +317,32 @@ def _judge(
         model=geometry.model,
         K0=cameras[0],
         K1=cameras[1],
+        backend=geometry.backend,
         threshold=threshold,
         confidence=0.999,
         max_iterations=3000,
     )
-    matrices, residual = estimate.model_0to1.double(), SampsonResidual.value
-    if geometry.model == "homography":
-        residual = TransferResidual.value
-    elif cameras[0] is not None and cameras[1] is not None:
-        matrices = fundamental_from_pose(matrices, cameras[0].to(matrices), cameras[1].to(matrices))
-    found = residual(matrices[index], keypoints0.double()[:, None], keypoints1.double()[:, None])
-    distance = torch.linalg.vector_norm(found[:, 0], dim=-1)
+    distance = _distances(keypoints0, keypoints1, index, estimate.model_0to1, geometry, cameras)
     distance = torch.where(estimate.valid[index], distance, torch.inf)
     agreeing = torch.bincount(index[distance < threshold], minlength=len(pairs))
     support = agreeing / torch.bincount(index, minlength=len(pairs)).clamp_min(1)
     return _Judged(Candidates(estimate.model_0to1, estimate.valid, pairs, support), distance)
+
+
+def _distances(
+    keypoints0: Tensor,
+    keypoints1: Tensor,
+    index: Tensor,
+    models: Tensor,
+    geometry: Geometry,
+    cameras: list[Tensor | None],
+) -> Tensor:
+    """(M,) pixels: transfer error for homographies, Sampson distance otherwise."""
+    if geometry.model == "homography":
+        return torch.linalg.vector_norm(transfer_residuals(keypoints0, keypoints1, index, models), dim=-1)
+    if cameras[0] is not None and cameras[1] is not None:
+        models = fundamental_from_pose(models, cameras[0].to(models), cameras[1].to(models))
+    return sampson_residuals(keypoints0, keypoints1, index, models).abs()
 
 
 def _windows_to_draw(chosen: Tensor, seeds: Tensor, most: int) -> Tensor:

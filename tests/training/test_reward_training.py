@@ -79,7 +79,14 @@ def test_no_success_gives_no_gradient_and_masks_are_taken() -> None:
 def test_a_run_by_rewards(tmp_path: Path, kind: str) -> None:
     config = short(
         tmp_path,
-        objective={"kind": kind, "matches": 30, "windows": 4, "pixels": 4, "fits": 1},
+        objective={
+            "kind": kind,
+            "matches": 30,
+            "windows": 4,
+            "pixels": 4,
+            "fits": 1,
+            "backend": "torch" if kind == "support" else "opencv",
+        },
         loss={"homography_weight": 0.1},
         run={"steps": 2},
         model={"freeze_batch_norm": True},
