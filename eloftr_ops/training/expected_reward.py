@@ -339,10 +339,12 @@ def _distances(
 ) -> Tensor:
     """(M,) pixels: transfer error for homographies, Sampson distance otherwise."""
     if geometry.model == "homography":
-        return torch.linalg.vector_norm(transfer_residuals(keypoints0, keypoints1, index, models), dim=-1)
+        offsets: Tensor = transfer_residuals(keypoints0, keypoints1, index, models)
+        return offsets.square().sum(-1).sqrt()
     if cameras[0] is not None and cameras[1] is not None:
         models = fundamental_from_pose(models, cameras[0].to(models), cameras[1].to(models))
-    return sampson_residuals(keypoints0, keypoints1, index, models).abs()
+    distance: Tensor = sampson_residuals(keypoints0, keypoints1, index, models)
+    return distance.abs()
 
 
 def _windows_to_draw(chosen: Tensor, seeds: Tensor, most: int) -> Tensor:
