@@ -7,10 +7,10 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -61,6 +61,54 @@ def backend(name: Backend) -> Iterator[None]:
 def chosen_backend() -> Backend:
     """The choice in force here: ``auto`` unless a ``backend`` block encloses the call."""
     return _latest if torch.compiler.is_compiling() else _choice.get()
+
+
+R = TypeVar("R")
+_PLAIN = (Tensor, torch.nn.Parameter)
+_MOST_SIGNATURES = 4096
+
+
+def once_per_signature(function: Callable[..., R]) -> Callable[..., R]:
+    """Keep what a check of arguments returned, by what it may depend on.
+
+    That is shape, strides, dtype, device and the need of a gradient of tensors, the values of all other arguments, and
+    the choices in force: backend, autocast, gradients, the interpreter. Errors are not kept. The first argument is a
+    tuple of the tensors; another argument that is a tensor has a value, and is checked in every call.
+    """
+    results: dict[Any, R] = {}
+
+    @functools.wraps(function)
+    def call(tensors: tuple[Tensor | None, ...], *values: Any) -> R:
+        if torch.compiler.is_compiling():
+            return function(tensors, *values)
+        key: list[Any] = [*values, *_choices(tensors)]
+        for x in tensors:
+            if x is None:
+                key.append(None)
+            elif type(x) in _PLAIN:
+                key += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+            else:
+                return function(tensors, *values)
+        if any(isinstance(value, Tensor) for value in values):
+            return function(tensors, *values)
+        signature = tuple(key)
+        found = results.get(signature)
+        if found is None:
+            found = function(tensors, *values)
+            if len(results) >= _MOST_SIGNATURES:
+                results.clear()
+            results[signature] = found
+        return found
+
+    return call
+
+
+def _choices(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """What decides beside the arguments which implementation runs."""
+    first = tensors[0]
+    kind = "cpu" if first is None else first.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return (_choice.get(), autocast, torch.is_grad_enabled(), interpreting(), _forward_mode())
 
 
 def use_triton(op: str, reason: str | None) -> bool:

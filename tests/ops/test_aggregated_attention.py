@@ -189,12 +189,12 @@ def test_opcheck(sliced: bool) -> None:
     tensors = [t.requires_grad_() for t in tensors]
     inputs = (*tensors[:2], tensors[2:], *case[1:])
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(op._forward, inputs, **({"test_utils": checks} if sliced else {}))
+    torch.library.opcheck(op._forward.registered, inputs, **({"test_utils": checks} if sliced else {}))
     with torch.no_grad():
         message, *saved = op._forward(*inputs)
     detached = [t.detach() for t in tensors]
     inputs = (message, saved, *detached[:2], detached[2:], *case[1:])
-    torch.library.opcheck(op._backward, inputs, test_utils=checks)
+    torch.library.opcheck(op._backward.registered, inputs, test_utils=checks)
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])

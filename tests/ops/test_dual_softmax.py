@@ -329,10 +329,12 @@ def test_opcheck() -> None:
     lse = cpu.dual_softmax_lse(f0, f1, TEMPERATURE)
     channel_first, sliced = f0.mT.contiguous().mT, torch.cat([f1, f1], 2)[:, :, :24]
     leaves = [t.detach().requires_grad_() for t in (channel_first, sliced)]
-    torch.library.opcheck(op._lse_op, (*leaves, TEMPERATURE, *masks, torch.float32))
+    torch.library.opcheck(op._lse_op.registered, (*leaves, TEMPERATURE, *masks, torch.float32))
     strided = (channel_first, sliced)
-    torch.library.opcheck(op._lse_backward_op, (*lse, *strided, *lse, TEMPERATURE, None, None, torch.float32))
-    torch.library.opcheck(op._best_op, (*strided, TEMPERATURE, *lse, *masks, torch.float32))
+    torch.library.opcheck(
+        op._lse_backward_op.registered, (*lse, *strided, *lse, TEMPERATURE, None, None, torch.float32)
+    )
+    torch.library.opcheck(op._best_op.registered, (*strided, TEMPERATURE, *lse, *masks, torch.float32))
 
 
 def test_one_graph_under_compile() -> None:

@@ -306,13 +306,13 @@ def test_opcheck() -> None:
     sliced = torch.cat([s.map1, s.map1], 3)[..., : s.map1.shape[3]]
     options = (4, 1.0, False, 1.0)
     leaves = [m.detach().requires_grad_() for m in (last, sliced)]
-    torch.library.opcheck(op._forward, (*leaves, *s[2:], *options))
+    torch.library.opcheck(op._forward.registered, (*leaves, *s[2:], *options))
     torch.library.opcheck(
-        op._forward, (*s, 4, 1.0, True, None), test_utils=("test_schema", "test_faketensor")
+        op._forward.registered, (*s, 4, 1.0, True, None), test_utils=("test_schema", "test_faketensor")
     )
     *_, best = op._forward(*s, *options)
     grads = [torch.randn(1, 2, device=DEVICE) for _ in range(3)]
-    torch.library.opcheck(op._backward, (best, grads, last, sliced, *s[2:], *options))
+    torch.library.opcheck(op._backward.registered, (best, grads, last, sliced, *s[2:], *options))
 
 
 def test_one_graph_under_compile() -> None:

@@ -18,6 +18,7 @@ from eloftr_kernels.registration import differentiable, operator
 
 OP = "aggregated_attention"
 MAX_CHANNELS = 512
+_VECTORS = [AttentionWeights._fields.index(name) for name in ("aggregate", "norm", "norm_bias")]
 
 
 def aggregated_attention(
@@ -47,19 +48,33 @@ def aggregated_attention(
         TypeError: dtypes that differ, masks that are not bool, or weights that are no AttentionWeights.
         RuntimeError: ``backend("triton")`` is in force and ``why_not`` knows a reason against it.
     """
+    if not isinstance(weights, AttentionWeights):
+        raise TypeError(f"weights: expected AttentionWeights(...), got {type(weights).__name__}.")
+    dtype, triton = _decide((x, source, rotary, mask, source_mask, *weights), num_heads)
+    if triton:
+        parts = [w if w.dtype == dtype or i in _VECTORS else w.to(dtype) for i, w in enumerate(weights)]
+        message: Tensor = _forward(x, source, parts, num_heads, rotary, mask, source_mask)[0]
+        height, width = x.shape[2:]
+        rows, columns = -(-height // AGGREGATION), -(-width // AGGREGATION)
+        return message.view(x.shape[0], rows, columns, x.shape[1]).permute(0, 3, 1, 2)
     options = {"num_heads": num_heads, "rotary": rotary, "mask": mask, "source_mask": source_mask}
-    dtype = _check(x, source, weights, **options)  # type: ignore[arg-type]
     if torch.compiler.is_exporting():
         with dispatch.reference_context(x, dtype):
             return naive.aggregated_attention(x, source, _vectors_as(x, weights), **options)  # type: ignore[arg-type]
-    if not dispatch.use_triton(OP, why_not(x, source, num_heads, rotary, mask, source_mask)):
-        with dispatch.reference_context(x, dtype):
-            return cpu.aggregated_attention(x, source, _vectors_as(x, weights), **options)  # type: ignore[arg-type]
-    projections = {name: getattr(weights, name).to(dtype) for name in ("q", "k", "v", "merge")}
-    parts = list(weights._replace(**projections))
-    message: Tensor = _forward(x, source, parts, num_heads, rotary, mask, source_mask)[0]
-    rows, columns = (-(-size // AGGREGATION) for size in x.shape[2:])
-    return message.reshape(x.shape[0], rows, columns, x.shape[1]).permute(0, 3, 1, 2)
+    with dispatch.reference_context(x, dtype):
+        return cpu.aggregated_attention(x, source, _vectors_as(x, weights), **options)  # type: ignore[arg-type]
+
+
+@dispatch.once_per_signature
+def _decide(tensors: tuple[Tensor | None, ...], num_heads: int) -> tuple[torch.dtype, bool]:
+    """The dtype of the linear maps, and whether Triton runs; checks every argument."""
+    x, source, rotary, mask, source_mask, *parts = tensors
+    options = {"num_heads": num_heads, "rotary": rotary, "mask": mask, "source_mask": source_mask}
+    dtype = _check(x, source, AttentionWeights(*parts), **options)  # type: ignore[arg-type]
+    if torch.compiler.is_exporting():
+        return dtype, False
+    reason = why_not(x, source, num_heads, rotary, mask, source_mask)  # type: ignore[arg-type]
+    return dtype, dispatch.use_triton(OP, reason)
 
 
 def _vectors_as(x: Tensor, weights: AttentionWeights) -> AttentionWeights:
@@ -101,9 +116,7 @@ def _check(
     mask: Tensor | None,
     source_mask: Tensor | None,
 ) -> torch.dtype:
-    """Check every argument once; returns the dtype in which the linear maps run."""
-    if not isinstance(weights, AttentionWeights):
-        raise TypeError(f"weights: expected AttentionWeights(...), got {type(weights).__name__}.")
+    """Check every argument; returns the dtype in which the linear maps run."""
     dispatch.check_shape("x", x, (None,) * 4, "(B, C, H, W)")
     batch, channels = x.shape[:2]
     dispatch.check_shape("source", source, (batch, channels, None, None), "(B, C, H', W')")

@@ -17,6 +17,7 @@ from eloftr_kernels.dispatch import (
     check_positive,
     check_shape,
     is_cpu_inference,
+    once_per_signature,
     use_triton,
     why_not_triton,
 )
@@ -62,9 +63,9 @@ def dual_softmax_lse(
         TypeError: dtypes that differ, or masks that are not bool.
         RuntimeError: ``backend("triton")`` that cannot be honoured.
     """
-    _check(features0, features1, temperature, mask0, mask1)
-    if use_triton("dual_softmax_lse", why_not(features0, features1, mask0, mask1)):
-        dtype = _product_dtype(features0, product_dtype)
+    tensors = features0, features1, mask0, mask1
+    dtype, triton = _decide(tensors, "dual_softmax_lse", temperature, product_dtype)
+    if triton:
         row_lse, col_lse = _lse_op(features0, features1, temperature, mask0, mask1, dtype)
         return row_lse, col_lse
     if torch.compiler.is_exporting():
@@ -110,14 +111,13 @@ def mutual_best(
         TypeError: as :func:`dual_softmax_lse`.
         RuntimeError: ``backend("triton")`` that cannot be honoured.
     """
-    _check(features0, features1, temperature, mask0, mask1)
-    _check_normalisers(features0, features1, row_lse, col_lse)
+    tensors = features0, features1, mask0, mask1, row_lse, col_lse
+    dtype, triton = _decide(tensors, "mutual_best", temperature, product_dtype)
     with torch.no_grad():
-        if use_triton("mutual_best", why_not(features0, features1, mask0, mask1)):
+        if triton:
             best1, best0, score1 = _best_op(
-                features0, features1, temperature, row_lse, col_lse, mask0, mask1,
-                _product_dtype(features0, product_dtype),
-            )  # fmt: skip
+                features0, features1, temperature, row_lse, col_lse, mask0, mask1, dtype
+            )
             return best1, best0, score1
         if torch.compiler.is_exporting():
             features0, features1 = upcast_for_accumulation(features0), upcast_for_accumulation(features1)
@@ -310,6 +310,21 @@ def _best_op(
     return launch.mutual_best_forward(
         features0, features1, temperature, row_lse, col_lse, mask0, mask1, dtype
     )
+
+
+@once_per_signature
+def _decide(
+    tensors: tuple[Tensor | None, ...], op: str, temperature: float, product_dtype: torch.dtype | None
+) -> tuple[torch.dtype, bool]:
+    """The dtype of products, and whether Triton runs; checks every argument."""
+    features0, features1, mask0, mask1, *normalisers = tensors
+    if features0 is None or features1 is None:
+        raise TypeError("features0, features1: expected tensors, got None.")
+    _check(features0, features1, temperature, mask0, mask1)
+    if normalisers:
+        _check_normalisers(features0, features1, *normalisers)
+    triton = use_triton(op, why_not(features0, features1, mask0, mask1))
+    return _product_dtype(features0, product_dtype), triton
 
 
 def _product_dtype(features: Tensor, wanted: torch.dtype | None) -> torch.dtype:

@@ -46,16 +46,28 @@ def upsample_mlp(
         TypeError: dtypes that differ, a mask that is not bool, or weights that are no MlpWeights.
         RuntimeError: ``backend("triton")`` is in force and ``why_not`` knows a reason against it.
     """
-    dtype = _check(x, message, weights, mask)
+    if not isinstance(weights, MlpWeights):
+        raise TypeError(f"weights: expected MlpWeights(...), got {type(weights).__name__}.")
+    dtype, triton = _decide((x, message, mask, *weights))
+    if triton:
+        expand, contract, *norm = weights
+        y: Tensor = _forward(x, message.to(dtype), [expand.to(dtype), contract.to(dtype), *norm], mask)
+        return y
     if torch.compiler.is_exporting():
         with dispatch.reference_context(x, dtype):
             return naive.upsample_mlp(x, message, _vectors_as(x, weights), mask=mask)
-    if not dispatch.use_triton(OP, why_not(x, mask)):
-        with dispatch.reference_context(x, dtype):
-            return cpu.upsample_mlp(x, message, _vectors_as(x, weights), mask=mask)
-    parts = list(weights._replace(expand=weights.expand.to(dtype), contract=weights.contract.to(dtype)))
-    y: Tensor = _forward(x, message.to(dtype), parts, mask)
-    return y
+    with dispatch.reference_context(x, dtype):
+        return cpu.upsample_mlp(x, message, _vectors_as(x, weights), mask=mask)
+
+
+@dispatch.once_per_signature
+def _decide(tensors: tuple[Tensor | None, ...]) -> tuple[torch.dtype, bool]:
+    """The dtype of the linear maps, and whether Triton runs; checks every argument."""
+    x, message, mask, *parts = tensors
+    dtype = _check(x, message, MlpWeights(*parts), mask)  # type: ignore[arg-type]
+    if torch.compiler.is_exporting():
+        return dtype, False
+    return dtype, dispatch.use_triton(OP, why_not(x, mask))  # type: ignore[arg-type]
 
 
 def _vectors_as(x: Tensor, weights: MlpWeights) -> MlpWeights:
@@ -84,9 +96,7 @@ def _check(
     weights: MlpWeights,
     mask: Tensor | None,
 ) -> torch.dtype:
-    """Check every argument once; returns the dtype in which the linear maps run."""
-    if not isinstance(weights, MlpWeights):
-        raise TypeError(f"weights: expected MlpWeights(...), got {type(weights).__name__}.")
+    """Check every argument; returns the dtype in which the linear maps run."""
     dispatch.check_shape("x", x, (None,) * 4, "(B, C, H, W)")
     batch, channels, height, width = x.shape
     if 0 in x.shape[2:]:

@@ -14,6 +14,7 @@ from eloftr_kernels.dispatch import (
     check_indices,
     check_positive,
     check_shape,
+    once_per_signature,
     use_triton,
     why_not_triton,
 )
@@ -77,13 +78,31 @@ def window_match(
         IndexError: on the CPU, an index outside the maps.
         RuntimeError: ``backend("triton")`` that cannot be honoured.
     """
-    _check(map0, map1, batch, cells0, cells1, subpixel_channels, subpixel_temperature, soft_temperature)
+    tensors = map0, map1, batch, cells0, cells1
+    triton = _decide(tensors, subpixel_channels, subpixel_temperature, soft_temperature)[0]
+    if not triton or map0.device.type == "cpu" or not map0.shape[0]:
+        cells = [(m.shape[2] // 4) * (m.shape[3] // 4) for m in (map0, map1)]
+        check_indices(
+            {"batch": (batch, map0.shape[0]), "cells0": (cells0, cells[0]), "cells1": (cells1, cells[1])}
+        )
     options = subpixel_channels, subpixel_temperature, centred_subpixel, soft_temperature
-    if not use_triton("window_match", why_not(map0, map1)):
+    if not triton:
         return cpu.window_match(map0, map1, batch, cells0, cells1, *options)
     pixel0, pixel1, subpixel1, expected0, expected1, _ = _forward(map0, map1, batch, cells0, cells1, *options)
     soft = (None, None) if soft_temperature is None else (expected0, expected1)
     return WindowMatches(pixel0.detach(), pixel1.detach(), subpixel1, *soft)
+
+
+@once_per_signature
+def _decide(
+    tensors: tuple[Tensor, ...],
+    subpixel_channels: int,
+    subpixel_temperature: float,
+    soft_temperature: float | None,
+) -> tuple[bool]:
+    """Whether Triton runs; checks everything but the values of indices."""
+    _check(*tensors, subpixel_channels, subpixel_temperature, soft_temperature)  # type: ignore[call-arg,arg-type]
+    return (use_triton("window_match", why_not(*tensors[:2])),)
 
 
 def why_not(map0: Tensor, map1: Tensor) -> str | None:
@@ -191,8 +210,6 @@ def _check(
         check_shape(name, index, (batch.shape[0] if batch.ndim else None,), "(M,)")
         check_dtype(name, index, torch.int64, "convert it with .long()")
     check_devices({"map0": map0, "map1": map1, **matches})
-    cells = [(m.shape[2] // 4) * (m.shape[3] // 4) for m in (map0, map1)]
-    check_indices({"batch": (batch, B), "cells0": (cells0, cells[0]), "cells1": (cells1, cells[1])})
     if not 0 < subpixel_channels < D:
         raise ValueError(f"subpixel_channels: expected 1 to D - 1 = {D - 1}, got {subpixel_channels}.")
     temperatures = {"subpixel_temperature": subpixel_temperature, "soft_temperature": soft_temperature}
