@@ -22,7 +22,7 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 KERNEL_DTYPES = (torch.float32, *HALF_DTYPES)
 MAX_ELEMENTS = 2**31  # offsets inside the kernels are 32-bit
 MIN_HEAD_SIZE = 16  # the smallest inner dimension of a matrix instruction
-OLDEST_CAPABILITY = (7, 5)  # of NVIDIA GPUs that Triton compiles for
+OLDEST_CAPABILITY = (8, 0)  # of NVIDIA GPUs that Triton makes matrix instructions for
 LEAST_SHARED_MEMORY = 64 * 1024  # bytes, for the smallest tiles
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -64,7 +64,8 @@ def chosen_backend() -> Backend:
 
 
 R = TypeVar("R")
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_VALUES = frozenset((int, float, bool, str, type(None), torch.dtype))
 _MOST_SIGNATURES = 4096
 
 
@@ -73,7 +74,7 @@ def once_per_signature(function: Callable[..., R]) -> Callable[..., R]:
 
     That is shape, strides, dtype, device and the need of a gradient of tensors, the values of all other arguments, and
     the choices in force: backend, autocast, gradients, the interpreter. Errors are not kept. The first argument is a
-    tuple of the tensors; another argument that is a tensor has a value, and is checked in every call.
+    tuple of the tensors; a call with another argument that is no plain number, string or dtype is always checked.
     """
     results: dict[Any, R] = {}
 
@@ -89,7 +90,7 @@ def once_per_signature(function: Callable[..., R]) -> Callable[..., R]:
                 key += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
             else:
                 return function(tensors, *values)
-        if any(isinstance(value, Tensor) for value in values):
+        if any(type(value) not in _VALUES for value in values):
             return function(tensors, *values)
         signature = tuple(key)
         found = results.get(signature)
@@ -108,7 +109,8 @@ def _choices(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     first = tensors[0]
     kind = "cpu" if first is None else first.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return (_choice.get(), autocast, torch.is_grad_enabled(), interpreting(), _forward_mode())
+    interpreted = kind == "cpu" and interpreting()
+    return (_choice.get(), autocast, torch.is_grad_enabled(), interpreted, _forward_mode())
 
 
 def use_triton(op: str, reason: str | None) -> bool:
@@ -169,8 +171,8 @@ def why_not_gpu(gpu: Any, *, amd: bool = False) -> str | None:
     if not amd and capability < OLDEST_CAPABILITY:
         oldest = ".".join(map(str, OLDEST_CAPABILITY))
         return (
-            f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, "
-            f"and {oldest} is the oldest that Triton compiles for"
+            f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, for which Triton makes no matrix "
+            f"instructions ({oldest} is the first); PyTorch is faster there"
         )
     if usable_shared_memory(gpu) < LEAST_SHARED_MEMORY:
         return (

@@ -19,7 +19,8 @@ from eloftr_kernels.dispatch import on_device_of
 
 Launch = Callable[..., Any]
 Backward = Callable[..., tuple[Any, ...]]
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_VALUES = frozenset((int, float, bool, type(None), torch.dtype))
 _SINGLE = -1
 
 
@@ -50,10 +51,11 @@ class Operator:
         needed = False
         for argument in arguments:
             for x in argument if type(argument) is list else (argument,):
-                if isinstance(x, Tensor):
-                    if type(x) not in _PLAIN:
-                        return self.registered(*arguments)
+                kind = type(x)
+                if kind in _PLAIN:
                     needed = needed or (recording and x.requires_grad)
+                elif kind not in _VALUES and isinstance(x, Tensor):
+                    return self.registered(*arguments)
         if _watched() or (needed and self._recorded is None):
             return self.registered(*arguments)
         if not needed or self._recorded is None:

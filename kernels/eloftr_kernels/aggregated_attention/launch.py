@@ -14,7 +14,7 @@ from eloftr_kernels import dispatch
 from eloftr_kernels.aggregated_attention.kernel_backward import _attention_bwd, _tokens_bwd
 from eloftr_kernels.aggregated_attention.kernel_forward import BLOCK_TOKENS, _attention_fwd, _tokens_fwd
 from eloftr_kernels.aggregated_attention.naive import AGGREGATION, AttentionWeights
-from eloftr_kernels.kernel_common import blocks, next_power_of_2
+from eloftr_kernels.kernel_common import blocks, launch, next_power_of_2
 
 
 class Saved(NamedTuple):
@@ -53,7 +53,7 @@ def forward(
     block_o = 16 if exact else 64 if channels <= 128 else 32
     flags = {"C": channels, "HAS_MASK": mask is not None, "HAS_SOURCE_MASK": source_mask is not None}
     if batch:
-        _tokens_fwd[2 * blocks(max(queries, keys), BLOCK_TOKENS), batch](
+        launch(_tokens_fwd, (2 * blocks(max(queries, keys), BLOCK_TOKENS), batch),
             x, source, x if mask is None else mask.contiguous(),
             source if source_mask is None else source_mask.contiguous(), weights.aggregate.contiguous(),
             weights.norm.contiguous(), weights.norm_bias.contiguous(), weights.q.contiguous(), weights.k.contiguous(),
@@ -64,7 +64,7 @@ def forward(
         )  # fmt: skip
         # Few queries are spread over more programs.
         block_q = 32 if exact or queries <= 1024 else 64
-        _attention_fwd[blocks(queries, block_q), num_heads, batch](
+        launch(_attention_fwd, (blocks(queries, block_q), num_heads, batch),
             q, k, v, query_valid, key_valid, attended, lse, queries, keys, math.log2(math.e) * size**-0.5, **flags,
             HEADS=num_heads, D=size, BLOCK_Q=block_q, BLOCK_K=32 if exact else 64, PRECISION=precision, num_warps=4,
             num_stages=2,
@@ -129,7 +129,7 @@ def _attention_backward(
     block_q, block_k = (32, 16) if q.dtype == torch.float32 else (64, 64)
     grid = (blocks(keys, block_k) + blocks(queries, block_q), num_heads, batch)
     if batch:
-        _attention_bwd[grid](
+        launch(_attention_bwd, grid,
             q, k, v, key_valid, attended, lse, grad, q if rotary is None else rotary.contiguous(), grad_q, grad_k,
             grad_v, queries, keys, size**-0.5, math.log2(math.e) * size**-0.5, C=channels, HEADS=num_heads, D=size,
             HAS_SOURCE_MASK=masked, ROTARY=rotary is not None, BLOCK_Q=block_q, BLOCK_K=block_k,
@@ -154,7 +154,7 @@ def _tokens_backward(
     norm = x.new_empty((batch * (tiles + source_tiles), 2, channels), dtype=torch.float32)
     conv = x.new_empty((batch * tiles, AGGREGATION**2, channels), dtype=torch.float32)
     if batch:
-        _tokens_bwd[2 * max(tiles, source_tiles), batch](
+        launch(_tokens_bwd, (2 * max(tiles, source_tiles), batch),
             x, source, x if mask is None else mask.contiguous(),
             source if source_mask is None else source_mask.contiguous(), weights.aggregate.contiguous(),
             weights.norm.contiguous(), weights.norm_bias.contiguous(), grad_query, grad_key, query, key, grad_x,

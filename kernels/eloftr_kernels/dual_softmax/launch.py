@@ -11,10 +11,10 @@ from torch import Tensor
 from eloftr_kernels import dispatch
 from eloftr_kernels.dispatch import dot_precision, rounds_below
 from eloftr_kernels.dual_softmax import kernel_backward, kernel_forward
-from eloftr_kernels.kernel_common import blocks, dot_dtype, power_of_2
+from eloftr_kernels.kernel_common import blocks, dot_dtype, launch, power_of_2
 
 ROWS_PER_LAUNCH = 1 << 15  # bounds the column workspace to S * ROWS_PER_LAUNCH / rows-of-a-tile elements
-LARGE, MIDDLE = 160 * 1024, 97 * 1024  # bytes of shared memory: data-centre GPUs, and those from sm_86 on
+LARGE = 160 * 1024  # bytes of shared memory that data-centre GPUs have
 SPAN = 512  # columns that one program of the forward walks over
 _REDUCE_BLOCK = 128
 _CENTRE_BLOCK = 32  # rows
@@ -40,7 +40,7 @@ def forward_tiles(dtype: torch.dtype, channels: int, shared: int) -> Tiles:
     if dtype == torch.float32:
         return Tiles(64, 64, 32, 4, 2)
     whole = power_of_2(channels)
-    if whole > 256 or (whole > 128 and shared < MIDDLE):
+    if whole > 256:
         return Tiles(64, 64, 64, 4, 2)
     if shared < LARGE:
         return Tiles(64 if whole > 128 else 128, 32, whole, 4, 2)
@@ -55,7 +55,7 @@ def backward_tiles(dtype: torch.dtype, channels: int, shared: int) -> Tiles:
     if whole > 256:
         return Tiles(64, 32, 64, 4, 2)
     if shared < LARGE:
-        return Tiles(64, 32, whole, 4, 1)
+        return Tiles(64, 32, whole, 8 if shared > 64 * 1024 else 4, 1)  # less is AMD's, with more registers
     return Tiles(64, 64, whole, 8, 2)
 
 
@@ -98,7 +98,7 @@ def operands(
     g0, g1 = (features0.new_empty((B, n, C), dtype=dtype) for n in (L, S))
     shift0, shift1 = (features0.new_empty((B, n)) for n in (L, S))
     common = features0.new_empty((2, B, C))
-    kernel_forward._centre[(blocks(L, _CENTRE_BLOCK) + blocks(S, _CENTRE_BLOCK), B)](
+    launch(kernel_forward._centre, (blocks(L, _CENTRE_BLOCK) + blocks(S, _CENTRE_BLOCK), B),
         features0, features1, mask0, mask1, g0, g1, shift0, shift1, common,
         *_strides(features0, features1, mask0, mask1), L, S, C, blocks(L, _CENTRE_BLOCK),
         BLOCK=_CENTRE_BLOCK, BLOCK_C=power_of_2(C), num_warps=8,
@@ -130,17 +130,31 @@ def dual_softmax_lse_forward(
     for first_row in range(0, L, ROWS_PER_LAUNCH):
         row_tiles = blocks(min(ROWS_PER_LAUNCH, L - first_row), tiles.rows)
         col_parts = row_lse.new_empty((B, row_tiles, S))
-        kernel_forward._dual_softmax_lse_fwd[(row_tiles * splits * B,)](
+        launch(kernel_forward._dual_softmax_lse_fwd, (row_tiles * splits * B,),
             own.features, other.features, mask0, mask1, own.shift, other.shift, row_parts, col_parts,
             *_strides(own.features, other.features, mask0, mask1),
             L, S, C, first_row, row_tiles, splits, 1 / temperature,
             **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-        kernel_forward._lse_reduce[(blocks(S, _REDUCE_BLOCK) * B,)](
-            col_parts, col_lse, row_tiles, S, ACCUMULATE=first_row > 0, BLOCK=_REDUCE_BLOCK
+        launch(
+            kernel_forward._lse_reduce,
+            (blocks(S, _REDUCE_BLOCK) * B,),
+            col_parts,
+            col_lse,
+            row_tiles,
+            S,
+            ACCUMULATE=first_row > 0,
+            BLOCK=_REDUCE_BLOCK,
         )
-    kernel_forward._lse_reduce[(blocks(L, _REDUCE_BLOCK) * B,)](
-        row_parts, row_lse, splits, L, ACCUMULATE=False, BLOCK=_REDUCE_BLOCK
+    launch(
+        kernel_forward._lse_reduce,
+        (blocks(L, _REDUCE_BLOCK) * B,),
+        row_parts,
+        row_lse,
+        splits,
+        L,
+        ACCUMULATE=False,
+        BLOCK=_REDUCE_BLOCK,
     )
     return row_lse, col_lse
 
@@ -174,7 +188,7 @@ def dual_softmax_lse_backward(
         B, N, C = x.features.shape
         row_tiles = blocks(N, tiles.rows)
         out = torch.empty((B, N, C), dtype=features0.dtype, device=features0.device)
-        kernel_backward._dual_softmax_lse_bwd[(row_tiles * B, channel_blocks)](
+        launch(kernel_backward._dual_softmax_lse_bwd, (row_tiles * B, channel_blocks),
             x.features, y.features, mask, other_mask, x.shift, y.shift, y.common, lse, other_lse, grad, other_grad,
             amax, out, *_strides(x.features, y.features, mask, other_mask), N, y.features.shape[1], C, row_tiles,
             1 / temperature,
@@ -210,17 +224,33 @@ def mutual_best_forward(
     for first_row in range(0, L, ROWS_PER_LAUNCH):
         row_tiles = blocks(min(ROWS_PER_LAUNCH, L - first_row), tiles.rows)
         col_parts = score1.new_empty((B, row_tiles, S)), best1.new_empty((B, row_tiles, S), dtype=torch.int32)
-        kernel_forward._mutual_best_fwd[(row_tiles * splits * B,)](
+        launch(kernel_forward._mutual_best_fwd, (row_tiles * splits * B,),
             own.features, other.features, mask0, mask1, own.shift, other.shift, row_lse, col_lse, *row_parts,
             *col_parts, *_strides(own.features, other.features, mask0, mask1),
             L, S, C, first_row, row_tiles, splits, 1 / temperature,
             **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-        kernel_forward._best_reduce[(blocks(S, _REDUCE_BLOCK) * B,)](
-            *col_parts, score0, best0, row_tiles, S, ACCUMULATE=first_row > 0, BLOCK=_REDUCE_BLOCK
+        launch(
+            kernel_forward._best_reduce,
+            (blocks(S, _REDUCE_BLOCK) * B,),
+            *col_parts,
+            score0,
+            best0,
+            row_tiles,
+            S,
+            ACCUMULATE=first_row > 0,
+            BLOCK=_REDUCE_BLOCK,
         )
-    kernel_forward._best_reduce[(blocks(L, _REDUCE_BLOCK) * B,)](
-        *row_parts, score1, best1, splits, L, ACCUMULATE=False, BLOCK=_REDUCE_BLOCK
+    launch(
+        kernel_forward._best_reduce,
+        (blocks(L, _REDUCE_BLOCK) * B,),
+        *row_parts,
+        score1,
+        best1,
+        splits,
+        L,
+        ACCUMULATE=False,
+        BLOCK=_REDUCE_BLOCK,
     )
     return best1, best0, score1
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eloftr_kernels import dispatch
 from eloftr_kernels.aggregated_attention.naive import token_mask
-from eloftr_kernels.kernel_common import blocks, next_power_of_2
+from eloftr_kernels.kernel_common import blocks, launch, next_power_of_2
 from eloftr_kernels.upsample_mlp.kernel_backward import _hidden_bwd, _update_bwd, _upsample_bwd
 from eloftr_kernels.upsample_mlp.kernel_forward import _upsample_mlp_fwd
 from eloftr_kernels.upsample_mlp.naive import MlpWeights, common_part
@@ -31,7 +31,7 @@ def forward(
     coarse, common = _first_layer(x, _tokens(message), weights.expand)
     options = _options(x, coarse.dtype, mask is not None)
     if batch:
-        _upsample_mlp_fwd[blocks(height * width, options["BLOCK_P"]), batch](
+        launch(_upsample_mlp_fwd, (blocks(height * width, options["BLOCK_P"]), batch),
             x, coarse, common, weights.expand.contiguous(), weights.contract.contiguous(), weights.norm.contiguous(),
             weights.norm_bias.contiguous(), *_masks(x, mask), y, height, width, *x.stride(), **options,
         )  # fmt: skip
@@ -65,15 +65,15 @@ def backward(
     tiles = blocks(height * width, small["BLOCK_P"])
     norm = x.new_empty((batch * tiles, 2, channels), dtype=torch.float32)
     if batch:
-        _update_bwd[tiles, batch](
+        launch(_update_bwd, (tiles, batch),
             grad, x, coarse, common, expand, contract, weights.norm.contiguous(), mask_, valid, grad_update,
             active, share, norm, height, width, *grad.stride(), *x.stride(), **small,
         )  # fmt: skip
-        _hidden_bwd[blocks(height * width, large["BLOCK_P"]), batch](
+        launch(_hidden_bwd, (blocks(height * width, large["BLOCK_P"]), batch),
             grad, grad_update, active, expand, contract, mask_, grad_hidden, grad_x, height, width,
             *grad.stride(), *grad_x.stride(), **large,
         )  # fmt: skip
-        _upsample_bwd[blocks(tokens.shape[1], 16), blocks(2 * channels, 64), batch](
+        launch(_upsample_bwd, (blocks(tokens.shape[1], 16), blocks(2 * channels, 64), batch),
             grad_hidden, valid, share, grad_coarse, height, width, C=channels, HAS_MASK=masked, BLOCK_T=16,
             BLOCK_U=64, num_warps=4,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eloftr_kernels.dispatch import dot_precision
-from eloftr_kernels.kernel_common import dot_dtype, power_of_2
+from eloftr_kernels.kernel_common import dot_dtype, launch, power_of_2
 from eloftr_kernels.window_match import kernel_backward, kernel_forward, naive
 
 _CELL = naive.WINDOW // 2  # half-resolution positions per side of a cell
@@ -32,7 +32,7 @@ def window_match_forward(
     best = map0.new_empty((M,), dtype=torch.int64)
     outputs = pixel0, pixel1, subpixel1, expected0, expected1, best
     if M:
-        kernel_forward._window_match_fwd[(M,)](
+        launch(kernel_forward._window_match_fwd, (M,),
             map0, map1, batch.contiguous(), cells0.contiguous(), cells1.contiguous(), *outputs,
             *_geometry(map0, map1, subpixel_channels, subpixel_temperature, soft_temperature),
             **_constants(map0, centred_subpixel, soft),
@@ -61,7 +61,7 @@ def window_match_backward(
     for of, (fine_map, cells) in enumerate(((map0, cells0), (map1, cells1))):
         patches = map0.new_empty((M, _PATCH_POSITIONS, D))
         if M:
-            kernel_backward._window_match_bwd[(M,)](
+            launch(kernel_backward._window_match_bwd, (M,),
                 map0, map1, batch.contiguous(), cells0.contiguous(), cells1.contiguous(), best,
                 grad_subpixel1.contiguous(), grad_expected0.contiguous(), grad_expected1.contiguous(),
                 patches, *_geometry(map0, map1, subpixel_channels, subpixel_temperature, soft_temperature),
@@ -82,8 +82,19 @@ def _to_map(patches: Tensor, like: Tensor, batch: Tensor, cells: Tensor) -> Tens
     ordered, order = torch.sort(batch * count + cells, stable=True)
     first_cells = torch.arange(B * count + 1, device=like.device)
     start = torch.searchsorted(ordered, first_cells)
-    kernel_backward._patches_to_map[(B * -(-H // _CELL) * -(-W // _CELL),)](
-        patches, order, start, out, *out.stride(), H, W, D, BLOCK_D=power_of_2(D), num_warps=2
+    launch(
+        kernel_backward._patches_to_map,
+        (B * -(-H // _CELL) * -(-W // _CELL),),
+        patches,
+        order,
+        start,
+        out,
+        *out.stride(),
+        H,
+        W,
+        D,
+        BLOCK_D=power_of_2(D),
+        num_warps=2,
     )
     return out
 
