@@ -15,14 +15,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.progress import TimeRemainingColumn as TimeLeft
 from rich.text import Text
 
-from eloftr_ops.cli.common import Report, Threads, Weights, print_line, reported_mistakes
+from eloftr_ops.cli.common import Report, Threads, UsageError, Weights, print_line, reported_mistakes
 from eloftr_ops.matching import DEFAULT_RESIZE, DEFAULT_WEIGHTS
 from eloftr_ops.reconstruction.bulk import BulkReport, PairChoice, match_pairs
 from eloftr_ops.reconstruction.engine import MatchSettings, Outcome
+from eloftr_ops.reconstruction.ray_engine import RayEngine
 
 __all__ = ["match_pairs_command", "watch_pairs"]
 
 _LISTED = 5  # refused pairs that are printed
+
+
+class EngineName(enum.StrEnum):
+    """Where the pairs are matched."""
+
+    local = "local"
+    ray = "ray"
 
 
 class Pairs(enum.StrEnum):
@@ -46,6 +54,9 @@ _Batch = typer.Option(min=1, help="Pairs of equal sizes that a GPU matches toget
 _Devices = typer.Option(help="auto: all CUDA GPUs, or the CPU; or names: cuda:0,cuda:1.")
 _Memory = typer.Option(min=0.1, help="GiB on each device for the features of images.")
 _Loaders = typer.Option(min=1, help="Threads that read images, for each device.")
+_Engine = typer.Option("--engine", help="local: this machine; ray: the workers of a Ray cluster.")
+_Address = typer.Option(help="ray: of a running cluster; without it, one on this machine alone.")
+_Workers = typer.Option(min=1, help="ray: how many; one per GPU, or per CPU, by default.")
 _Npz = typer.Option(help="Folder for one .npz file per pair, too.")
 _Overwrite = typer.Option(
     "--overwrite", help="Begin anew; without it, a run goes on where the last one ended."
@@ -66,6 +77,9 @@ def match_pairs_command(
     devices: Annotated[str, _Devices] = "auto",
     memory: Annotated[float, _Memory] = 4.0,
     loaders: Annotated[int, _Loaders] = 2,
+    engine: Annotated[EngineName, _Engine] = EngineName.local,
+    address: Annotated[str | None, _Address] = None,
+    workers: Annotated[int | None, _Workers] = None,
     npz: Annotated[Path | None, _Npz] = None,
     overwrite: Annotated[bool, _Overwrite] = False,
     threads: Threads = None,
@@ -76,12 +90,18 @@ def match_pairs_command(
             torch.set_num_threads(threads)
         choice = PairChoice(source, pairs.value, images, window, neighbours)
         settings = MatchSettings(weights, resize, threshold, batch, int(memory * 2**30), loaders)
+        if engine is EngineName.local and (address or workers):
+            raise UsageError("--address, --workers: they need --engine ray.")
+        used = None
         try:
+            if engine is EngineName.ray:
+                used = RayEngine(choice.folder, settings, address=address, workers=workers)
             report = match_pairs(
                 choice,
                 output,
                 settings,
                 devices=devices,
+                engine=used,
                 npz=npz,
                 overwrite=overwrite,
                 watch=watch_pairs,
@@ -90,6 +110,9 @@ def match_pairs_command(
             message = "Interrupted. What is matched is kept; the same command goes on from there."
             Console(stderr=True, highlight=False).print(message)
             raise typer.Exit(130) from None
+        finally:
+            if used is not None:
+                used.close()
         print_bulk_report(Report(), report)
 
 

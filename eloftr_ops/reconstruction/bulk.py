@@ -40,11 +40,22 @@ from eloftr_ops.reconstruction.pairs import (
 from eloftr_ops.reconstruction.retrieval import retrieval_pairs
 from eloftr_ops.storage import write_file
 
-__all__ = ["BulkReport", "PairChoice", "PairMode", "match_pairs"]
+__all__ = ["BulkReport", "Engine", "PairChoice", "PairMode", "match_pairs"]
 
 PairMode = Literal["exhaustive", "sequential", "retrieval", "file"]
 Watch = Callable[[Iterable[Outcome], int, int], Iterable[Outcome]]
 _SYNC_SECONDS = 5.0
+
+
+class Engine(Protocol):
+    """What matches pairs."""
+
+    @property
+    def matcher(self) -> EfficientLoFTR:
+        """One with the weights that are used."""
+
+    def run(self, pairs: Sequence[Pair]) -> Iterator[Outcome]:
+        """The outcome of each pair, once, in no particular order."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,7 @@ def match_pairs(
     settings: MatchSettings | None = None,
     *,
     devices: str = "auto",
+    engine: Engine | None = None,
     npz: Path | None = None,
     overwrite: bool = False,
     watch: Watch | None = None,
@@ -121,7 +133,8 @@ def match_pairs(
         choice: which pairs.
         output: file to write, ``.h5``.
         settings: how to match; the defaults if left out.
-        devices: "auto", or names of devices with commas between them.
+        devices: "auto", or names of devices with commas between them; of the local engine.
+        engine: what matches; None: this machine. See `eloftr_ops.reconstruction.ray_engine.RayEngine`.
         npz: folder for one ``.npz`` file per pair, too, as `eloftr_ops.io.write_matches` writes them.
         overwrite: begin anew, whatever is there.
         watch: takes the outcomes, how many there will be and how many are there already, and gives the outcomes on:
@@ -136,7 +149,8 @@ def match_pairs(
     require_h5py()
     check_output(output, (".h5", ".hdf5"))
     with _alone(output):
-        engine = LocalEngine(choice.folder, settings, choose_devices(devices))
+        if engine is None:
+            engine = LocalEngine(choice.folder, settings, choose_devices(devices))
         asked = _pairs_of(choice, engine, settings)
         check_keys(dict.fromkeys(itertools.chain(*asked.pairs)))
         with _Results(output, _identity(engine.matcher, settings), overwrite) as results:
@@ -152,17 +166,6 @@ def match_pairs(
         raise FileError(f"{output}: no pair could be matched. {refused[0].reason} All are in {listed}.")
     matched = len(asked.pairs) + len(asked.refused) - len(refused) - reused
     return BulkReport(output, matched, reused, count, time.perf_counter() - start, refused, listed)
-
-
-class Engine(Protocol):
-    """What matches pairs."""
-
-    @property
-    def matcher(self) -> EfficientLoFTR:
-        """One with the weights that are used."""
-
-    def run(self, pairs: Sequence[Pair]) -> Iterator[Outcome]:
-        """The outcome of each pair, once, in no particular order."""
 
 
 class _Results:

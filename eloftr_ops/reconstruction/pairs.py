@@ -73,7 +73,7 @@ def exhaustive_pairs(names: Sequence[str]) -> list[Pair]:
     """Every image with every other one: N (N - 1) / 2 pairs.
 
     Raises:
-        ArgumentError: fewer than two images.
+        FileError: fewer than two images.
     """
     _check_count(names)
     return list(itertools.combinations(names, 2))
@@ -83,7 +83,8 @@ def sequential_pairs(names: Sequence[str], window: int) -> list[Pair]:
     """Every image with the ``window`` images behind it.
 
     Raises:
-        ArgumentError: fewer than two images, or a window below 1.
+        FileError: fewer than two images.
+        ArgumentError: a window below 1.
     """
     _check_count(names)
     if window < 1:
@@ -185,4 +186,4 @@ def _natural(name: str) -> tuple[list[str | int], str]:
 
 def _check_count(names: Sequence[str]) -> None:
     if len(names) < 2:
-        raise ArgumentError("images", f"expected at least two images, got {len(names)}.")
+        raise FileError(f"Expected at least two images to match, got {len(names)}: {', '.join(names)}.")

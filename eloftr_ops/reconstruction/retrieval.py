@@ -12,22 +12,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eloftr_ops.errors import ArgumentError, FileError
+from eloftr_ops.errors import FileError
 from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.reconstruction.engine import MatchSettings
 from eloftr_ops.reconstruction.features import FeatureStore
 from eloftr_ops.reconstruction.pairs import Pair, PairList, RefusedPair, unique_pairs
 
-__all__ = ["nearest_pairs", "retrieval_pairs", "vlad_descriptors"]
+__all__ = ["Descriptors", "describe_images", "nearest_pairs", "retrieval_pairs", "vlad_descriptors"]
 
 _CLUSTERS = 32
 _SAMPLES = 256  # features per image that the clusters are found with
 _ROUNDS = 10
+
+
+class Descriptors(NamedTuple):
+    """What images look like."""
+
+    names: list[str]  # N, of the images that can be read
+    values: Tensor  # (N, D) of length 1; zero for a blank image
+    refused: list[RefusedPair]  # the others, each once with an empty second name
 
 
 def retrieval_pairs(
@@ -46,8 +55,18 @@ def retrieval_pairs(
         The pairs; an image that cannot be read is refused once, with an empty second name.
 
     Raises:
-        ArgumentError: fewer than two images can be read.
+        FileError: fewer than two images can be read.
     """
+    found = describe_images(matcher, folder, names, settings)
+    if len(found.names) < 2:
+        raise FileError(f"{folder}: expected at least two images that can be read, got {len(found.names)}.")
+    return PairList(nearest_pairs(found.names, found.values, neighbours), found.refused)
+
+
+def describe_images(
+    matcher: EfficientLoFTR, folder: Path, names: Sequence[str], settings: MatchSettings
+) -> Descriptors:
+    """Descriptors of images, from the coarse features of the backbone."""
     store = FeatureStore(matcher, folder, resize=settings.resize, budget=1, loaders=settings.loaders)
     store.expect(names)
     maps, readable, refused = [], [], []
@@ -62,9 +81,7 @@ def retrieval_pairs(
             maps.append(_local_features(image.features))
     finally:
         store.close()
-    if len(readable) < 2:
-        raise ArgumentError("images", f"expected at least two images that can be read, got {len(readable)}.")
-    return PairList(nearest_pairs(readable, vlad_descriptors(maps), neighbours), refused)
+    return Descriptors(readable, vlad_descriptors(maps), refused)
 
 
 def nearest_pairs(names: Sequence[str], descriptors: Tensor, neighbours: int) -> list[Pair]:

@@ -43,8 +43,10 @@ def test_pairs_of_a_folder() -> None:
         ("b", "d"),
         ("c", "d"),
     ]
-    with pytest.raises(ArgumentError, match="at least two images, got 1"):
+    with pytest.raises(FileError, match="at least two images to match, got 1"):
         exhaustive_pairs(["a"])
+    with pytest.raises(ArgumentError, match="window"):
+        sequential_pairs(["a", "b"], 0)
 
 
 def test_a_file_of_pairs_lists_what_it_cannot_use(tmp_path: Path) -> None:

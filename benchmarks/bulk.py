@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many pairs at once beside the same pairs one by one: seconds, on a quiet machine.
+
+    python -m benchmarks.bulk FOLDER --images 4 --resize 640
+
+One by one is `match_loaded` on images that are loaded already, all pairs, after a warm-up. At once is `match_pairs`,
+reading, journal and file included, with the same weights and threads. The ratio is one by one / at once: above 0.95
+means that what surrounds the matcher costs less than kept features save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from eloftr_ops.images import read_image
+from eloftr_ops.matching import load_matcher, match_loaded
+from eloftr_ops.reconstruction.bulk import PairChoice, match_pairs
+from eloftr_ops.reconstruction.engine import LocalEngine, MatchSettings, choose_devices
+from eloftr_ops.reconstruction.pairs import list_images
+
+
+def main() -> None:
+    """Print the medians and their ratio."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--resize", type=int, default=640)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    names = list_images(arguments.folder)[: arguments.images]
+    settings = MatchSettings(resize=arguments.resize)
+    matcher = load_matcher(settings.weights, arguments.device)
+    engine = LocalEngine(arguments.folder, settings, choose_devices(arguments.device))
+    alone, together = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = Path(folder) / "pairs.txt"
+        pairs.write_text("".join(f"{a}\t{b}\n" for a, b in itertools.combinations(names, 2)))
+        for run in range(arguments.runs + 1):
+            images = {name: read_image(arguments.folder / name, resize=arguments.resize) for name in names}
+            start = time.perf_counter()
+            for first, second in itertools.combinations(names, 2):
+                match_loaded(matcher, images[first], images[second])
+            middle = time.perf_counter()
+            choice = PairChoice(pairs, images=arguments.folder)
+            match_pairs(choice, Path(folder) / "matches.h5", settings, engine=engine, overwrite=True)
+            if run:  # the first one warms up
+                alone.append(middle - start)
+                together.append(time.perf_counter() - middle)
+    one_by_one, at_once = statistics.median(alone), statistics.median(together)
+    print(f"{len(names)} images, {len(names) * (len(names) - 1) // 2} pairs")
+    print(f"one by one {one_by_one:.2f} s, at once {at_once:.2f} s, ratio {one_by_one / at_once:.2f}")
+
+
+if __name__ == "__main__":
+    main()
