@@ -315,13 +315,16 @@ def _image_input(gr: Any, side: int, public: bool) -> Any:
             label="or its address", placeholder="https://...", max_lines=1, elem_id=f"link{side}"
         )
 
-    def take(url: str) -> Any:
-        if not url.strip():
-            return gr.skip()
-        with _words_for_errors(gr), tempfile.TemporaryDirectory(prefix="eloftr-") as folder:
-            return image.postprocess(str(fetch(url, Path(folder), public=public)))
+    fetched = gr.State(None, time_to_live=_SECONDS_KEPT)  # Gradio copies the file after this call
 
-    link.submit(take, link, image, postprocess=False)
+    def take(url: str) -> list[Any]:
+        if not url.strip():
+            return [gr.skip(), gr.skip()]
+        with _words_for_errors(gr):
+            folder = tempfile.TemporaryDirectory(prefix="eloftr-")
+            return [str(fetch(url, Path(folder.name), public=public)), folder]
+
+    link.submit(take, link, [image, fetched])
     return image
 
 

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import http.server
 import json
 import socket
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from eloftr_ops import app, matching
+from eloftr_ops import EfficientLoFTR, __version__, app, matching
 from eloftr_ops.errors import FileError
 from eloftr_ops.image_matches import ImageMatches
 from eloftr_ops.images import load_image
@@ -103,9 +108,7 @@ def test_matcher_reports_less_confident_matches_than_its_own_threshold(pair: tup
 def test_mistakes_are_in_words_without_folders(
     tmp_path: Path, pair: tuple[str, str], monkeypatch: Any
 ) -> None:
-    put_for_pretrained(
-        monkeypatch, matching.EfficientLoFTR, matching.EfficientLoFTR.from_pretrained("small").config
-    )
+    put_for_pretrained(monkeypatch, EfficientLoFTR, EfficientLoFTR.from_pretrained("small").config)
     matcher = app.PairMatcher()
     with pytest.raises(FileError, match="Give two images"):
         matcher.match(pair[0], None)
@@ -156,16 +159,26 @@ def test_missing_gradio_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install 'eloftr-ops[app]'" in result.output
 
 
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[int]:
+    """A web server of a folder; its port."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
 @pytest.mark.slow
 def test_page_in_a_browser(pair: tuple[str, str], tmp_path: Path) -> None:
-    """Two files in, matches out; the slider, a model, a download, a broken file."""
+    """A file and a link in, matches out; the slider, a download, a broken file."""
     try:
         app.require_gradio()
     except ImportError as error:
         pytest.skip(str(error))
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    with chromium() as browser:
+    with chromium() as browser, served(tmp_path) as files:
         page = app.serve(block=False)
         try:
             tab = browser.new_page(viewport={"width": 1200, "height": 1600})
@@ -173,8 +186,10 @@ def test_page_in_a_browser(pair: tuple[str, str], tmp_path: Path) -> None:
             asked: list[str] = []
             tab.on("request", lambda request: asked.append(request.url))
             tab.goto(page.local_url)
+            tab.set_input_files("#image0 input[type=file]", pair[0])
+            tab.fill("#link1 input, #link1 textarea", f"http://127.0.0.1:{files}/b.png")
+            tab.press("#link1 input, #link1 textarea", "Enter")
             for side in (0, 1):
-                tab.set_input_files(f"#image{side} input[type=file]", pair[side])
                 tab.wait_for_selector(f"#image{side} img")
             tab.click("#run")
             before = tab.frame_locator("#lines iframe").locator("#counts").inner_text().split(" of ")[0]
@@ -198,3 +213,12 @@ def test_page_in_a_browser(pair: tuple[str, str], tmp_path: Path) -> None:
             assert all("127.0.0.1" in url or url.startswith(("data:", "blob:")) for url in asked)
         finally:
             page.close()
+
+
+def test_space_names_the_wheel_of_this_version() -> None:
+    space = Path(__file__).parents[1] / "docs" / "space"
+    assert (space / "requirements.txt").read_text() == f"./eloftr_ops-{__version__}-py3-none-any.whl\n"
+    header = (space / "README.md").read_text().split("---\n")[1]
+    assert "sdk: gradio\n" in header
+    assert "app_file: app.py\n" in header
+    assert "from eloftr_ops.app import serve" in (space / "app.py").read_text()
