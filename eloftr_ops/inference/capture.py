@@ -48,7 +48,8 @@ def _crosses(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
     if operation is _aten.copy_:
         return bool(args[0].device != args[1].device)
     if operation is _aten._to_copy:
-        return kwargs.get("device") not in (None, args[0].device)
+        to, device = kwargs.get("device"), args[0].device
+        return to is not None and (to.type != device.type or to.index not in (None, device.index))
     if operation in (_aten.index, _aten.index_put, _aten.index_put_):
         return any(isinstance(x, Tensor) and x.dtype is torch.bool for x in args[1])
     return False

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eloftr_ops import EfficientLoFTR
+from eloftr_ops.inference.capture import HostWaitsError, NoWaiting
 from eloftr_ops.inference.cuda_graphs import CudaGraphs
 from support.models import random_images, tiny_model
 from support.replay import RecordingBackend, as_on_a_gpu
@@ -256,6 +257,24 @@ def test_a_size_that_needs_too_much_memory_leaves_the_others() -> None:
     pair.assert_same(images(0, 1))
     assert backend.captures == 1
     assert pair.fast.cuda_graphs.off is None
+
+
+@pytest.mark.parametrize(
+    ("operation", "words"),
+    [
+        (lambda x: float(x.sum()), "_local_scalar_dense"),
+        (lambda x: x[x > 0], "index"),
+        (lambda x: (x > 0).nonzero(), "nonzero"),
+        (lambda x: x.to("meta"), "_to_copy"),
+    ],
+)
+def test_what_makes_the_host_wait_is_named_before_a_capture(operation: Any, words: str) -> None:
+    x = torch.ones(3)
+    with NoWaiting():
+        harmless = x.to(torch.device("cpu"), torch.float64)[torch.tensor([1, 2])]
+        with pytest.raises(HostWaitsError, match=f"{words}.* makes the host wait for the device"):
+            operation(x)
+    assert harmless.tolist() == [1, 1]
 
 
 def halve_in_place(matcher: EfficientLoFTR) -> None:
