@@ -136,15 +136,13 @@ class GuidedMatcher(LoFTR):
         settings = [self._setting(image0, image1)] * len(image0)
         at_once = settings[0].at_once if settings else 1
         sources = _sources(image0, image1, mask0, mask1, settings)
-        start = time.perf_counter()
-
-        def expired() -> bool:
-            return self.seconds is not None and time.perf_counter() - start > self.seconds * len(settings)
-
+        budget = _Budget(None if self.seconds is None else self.seconds * len(settings))
         with torch.no_grad():
             still = [(source0.detached(), source1.detached()) for source0, source1 in sources]
             runner = Runner(self.matcher, still, at_once, options)
-            chains, counts = _run_plans([plan(self.effort, each, expired) for each in settings], runner)
+            chains, counts = _run_plans(
+                [plan(self.effort, each, budget.expired) for each in settings], runner
+            )
         if self._needs_gradient(image0, image1):
             runner = Runner(self.matcher, sources, at_once, options)
             chains = [
@@ -152,7 +150,7 @@ class GuidedMatcher(LoFTR):
                 for pair, chain in enumerate(chains)
             ]
         reports = tuple(
-            LookReport(count, tuple(look.view for look in chain.looks), *chain.support, expired())
+            LookReport(count, tuple(look.view for look in chain.looks), *chain.support, budget.ended)
             for chain, count in zip(chains, counts, strict=True)
         )
         return _collected([merged(chain.found) for chain in chains], settings, image0, image1, reports)
@@ -168,6 +166,19 @@ class GuidedMatcher(LoFTR):
         sizes = [_working_size(size_wh, self.size) for size_wh in given]
         at_once = self.looks_at_once or (_AT_ONCE if image0.is_cuda else 1)
         return Setting((sizes[0], sizes[1]), max(*sizes[0], *sizes[1]), given[0][0] / sizes[0][0], at_once)
+
+
+class _Budget:
+    """A time budget, which begins now."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = None if seconds is None else time.perf_counter() + seconds
+        self.ended = False  # whether it kept anybody from a look
+
+    def expired(self) -> bool:
+        """Whether no new look may start."""
+        self.ended = self.ended or (self._end is not None and time.perf_counter() >= self._end)
+        return self.ended
 
 
 def _checked(data: Mapping[str, Any]) -> dict[str, Any]:

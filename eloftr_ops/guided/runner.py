@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eloftr_ops.guided.looks import Found, Look
 from eloftr_ops.guided.warps import Source, Warp, seen_through
+from eloftr_ops.model.matcher import EfficientLoFTR
 
 __all__ = ["Runner"]
 
@@ -34,8 +35,8 @@ class Runner:
     """Runs looks of a batch of pairs.
 
     Args:
-        matcher: takes and gives kornia LoFTR's dictionaries. If it has ``extract_features``, as `EfficientLoFTR`,
-            features of frames that come again are kept.
+        matcher: takes and gives kornia LoFTR's dictionaries. Of an `EfficientLoFTR`, features of frames that come again
+            are kept.
         sources: both images of each pair.
         at_once: looks per call of the matcher, at most.
         options: passed on to the matcher.
@@ -49,7 +50,7 @@ class Runner:
         options: Mapping[str, Any],
     ) -> None:
         self._matcher, self._sources, self._at_once, self._options = matcher, sources, at_once, options
-        self._extract = getattr(matcher, "extract_features", None)
+        self._extract = matcher.extract_features if isinstance(matcher, EfficientLoFTR) else None
         self._kept: dict[tuple[int, int], tuple[Warp, _Frame]] = {}
 
     def run(self, requests: Sequence[tuple[int, Look]]) -> list[Found]:

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from kornia.feature import LoFTR
+from torch import Tensor
 
 from eloftr_ops import EfficientLoFTR
 from eloftr_ops.errors import ArgumentError
 from eloftr_ops.guided import GuidedMatcher
-from eloftr_ops.guided.looks import Setting
+from eloftr_ops.guided.looks import Look, Setting
+from eloftr_ops.guided.runner import Runner
 from eloftr_ops.guided.views import stages
+from eloftr_ops.guided.warps import Source, scaling, tilted
 from eloftr_ops.images import read_image
-from support.models import random_images, tiny_model
+from support.models import TINY, StandIn, random_images, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +48,16 @@ class Watched:
         return self.matcher(data, **options)  # type: ignore[no-any-return]
 
 
-class Nothing(nn.Module):
+class Nothing(StandIn):
     """Finds nothing, so that all views are looked at; counts what it is asked."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(TINY)
         self.asked: list[int] = []
         self.extracted = 0
 
-    def forward(self, data: Mapping[str, Any]) -> dict[str, Tensor]:
-        self.asked.append(len(data.get("image0", data.get("features0", {}).get("maps", ()))))
+    def forward(self, data: Mapping[str, Any], **_: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        self.asked.append(len(data["image0"] if "image0" in data else data["features0"]["coarse"]))
         none = torch.zeros(0, 2)
         return {
             "keypoints0": none,
@@ -63,9 +66,9 @@ class Nothing(nn.Module):
             "batch_indexes": none[:, 0].long(),
         }
 
-    def extract_features(self, image: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    def extract_features(self, image: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         self.extracted += 1
-        return {"maps": image}
+        return {"coarse": image}
 
 
 class Centroid:
@@ -178,6 +181,21 @@ def test_features_of_a_view_that_comes_again_are_kept() -> None:
     found = GuidedMatcher(nothing, "thorough").match(images[:1], images[1:])
     assert found.reports[0].looks > 40
     assert nothing.extracted == 2  # both images as they are
+
+
+def test_kornias_loftr_takes_a_slanted_look() -> None:
+    """With a mask, at two sizes, through kornia's own code; its weights are random, so that any match will do."""
+    torch.manual_seed(0)
+    loftr = LoFTR(pretrained=None).eval()
+    loftr.coarse_matching.thr = 0.0
+    images = [random_images(1, 64, 64, seed=seed) for seed in (0, 1)]
+    sources = tuple(Source.of(image, None, (64, 64)) for image in images)
+    look = Look(tilted((64, 64), 1.0, 30.0), scaling((64, 64), (64, 64)), "turned")
+    with torch.no_grad():
+        [found] = Runner(loftr, [(sources[0], sources[1])], 1, {}).run([(0, look)])
+    assert len(found.confidence) > 0
+    for points in (found.points0, found.points1):
+        assert ((points >= 0) & (points <= 64)).all()
 
 
 def test_masks_are_kept(small: EfficientLoFTR, photograph: Tensor) -> None:
