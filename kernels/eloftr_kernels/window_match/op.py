@@ -78,8 +78,8 @@ def window_match(
         IndexError: on the CPU, an index outside the maps.
         RuntimeError: ``backend("triton")`` that cannot be honoured.
     """
-    tensors = map0, map1, batch, cells0, cells1
-    triton = _decide(tensors, subpixel_channels, subpixel_temperature, soft_temperature)[0]
+    triton = _decide((map0, map1), subpixel_channels, subpixel_temperature, soft_temperature)[0]
+    _check_matches(map0, {"batch": batch, "cells0": cells0, "cells1": cells1})
     if not triton or map0.device.type == "cpu" or not map0.shape[0]:
         cells = [(m.shape[2] // 4) * (m.shape[3] // 4) for m in (map0, map1)]
         check_indices(
@@ -100,9 +100,10 @@ def _decide(
     subpixel_temperature: float,
     soft_temperature: float | None,
 ) -> tuple[bool]:
-    """Whether Triton runs; checks everything but the values of indices."""
-    _check(*tensors, subpixel_channels, subpixel_temperature, soft_temperature)  # type: ignore[call-arg,arg-type]
-    return (use_triton("window_match", why_not(*tensors[:2])),)
+    """Whether Triton runs; checks everything but the matches, which differ from call to call."""
+    map0, map1 = tensors
+    _check(map0, map1, subpixel_channels, subpixel_temperature, soft_temperature)
+    return (use_triton("window_match", why_not(map0, map1)),)
 
 
 def why_not(map0: Tensor, map1: Tensor) -> str | None:
@@ -187,9 +188,6 @@ differentiable(_forward, save=_save, backward=_gradients)
 def _check(
     map0: Tensor,
     map1: Tensor,
-    batch: Tensor,
-    cells0: Tensor,
-    cells1: Tensor,
     subpixel_channels: int,
     subpixel_temperature: float,
     soft_temperature: float | None,
@@ -205,14 +203,21 @@ def _check(
             raise ValueError(
                 f"{name}: expected at least 4 rows and 4 columns (one cell), got {tuple(fine_map.shape)}."
             )
-    matches = {"batch": batch, "cells0": cells0, "cells1": cells1}
-    for name, index in matches.items():
-        check_shape(name, index, (batch.shape[0] if batch.ndim else None,), "(M,)")
-        check_dtype(name, index, torch.int64, "convert it with .long()")
-    check_devices({"map0": map0, "map1": map1, **matches})
+    check_devices({"map0": map0, "map1": map1})
     if not 0 < subpixel_channels < D:
         raise ValueError(f"subpixel_channels: expected 1 to D - 1 = {D - 1}, got {subpixel_channels}.")
     temperatures = {"subpixel_temperature": subpixel_temperature, "soft_temperature": soft_temperature}
     for name, temperature in temperatures.items():
         if temperature is not None:
             check_positive(name, temperature)
+
+
+def _check_matches(map0: Tensor, matches: dict[str, Tensor]) -> None:
+    batch = matches["batch"]
+    count = batch.shape[0] if batch.ndim else None
+    for name, index in matches.items():
+        if index.shape != (count,):
+            check_shape(name, index, (count,), "(M,)")
+        check_dtype(name, index, torch.int64, "convert it with .long()")
+        if index.device != map0.device:
+            check_devices({"map0": map0, name: index})
