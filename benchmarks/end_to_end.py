@@ -64,9 +64,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 MODES: dict[str, GradientMode] = {"end_to_end": "straight_through", "hard": "hard", "soft": "soft"}
 REWARDS = {
     "homography": ObjectiveConfig(kind="homography_reward"),
-    "pose": ObjectiveConfig(
-        kind="pose_reward", scale=20.0, strictness=0.5, cell_threshold=5.0, pixel_threshold=1.5
-    ),
+    "pose": ObjectiveConfig(kind="pose_reward", scale=20.0, cell_threshold=5.0, pixel_threshold=1.5),
 }
 THROUGH = {"homography": 0.2, "pose": 5.0}  # weight of the straight-through loss beside the reward
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -75,7 +73,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "reward_cells": {"windows": 0},
     "reward_cells_alone": {"windows": 0, "through": 0.0},
     "reward_no_baseline": {"baseline": False},
-    "reward_lenient": {"through": 0.0, "strictness": 0.5, "fits": 1},
     "reward_no_penalty": {"penalty": 0.0},
 }
 THRESHOLDS = {"homography": (3.0, 5.0, 10.0), "pose": (5.0, 10.0, 20.0)}  # pixels; degrees

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from eloftr_kernels.noise import gumbel, keys
 from eloftr_ops.geometry import (
+    consensus_from_matches,
     estimate_robust,
     fundamental_from_pose,
     sampson_residuals,
@@ -26,7 +28,6 @@ from eloftr_ops.losses.expected_reward import (
     agreement_rewards,
     expected_reward_loss,
     homography_reward,
-    leave_one_out,
     pose_reward,
     support_reward,
 )
@@ -36,9 +37,7 @@ from eloftr_ops.model.sampling import check_sampling, draw_cells, draw_pixels, p
 from eloftr_ops.types import CoarseOutput, Features, SampledMatches, SampledPixels
 
 ObjectiveKind = Literal["supervised", "homography_reward", "pose_reward", "support"]
-Reward = Callable[
-    [Candidates, float], Tensor
-]  # of N models, and of the factor on the error that still counts
+Reward = Callable[[Candidates], Tensor]  # (N,) in [0, 1] of N models
 _LEAST_WINDOWS = 8  # of a pair, for a finer model
 _WINDOW_STREAM = 1 << 21
 
@@ -54,13 +53,12 @@ class ObjectiveConfig:
         matches: pairs of cells in a draw.
         windows: of each pair of images, whose pixels are drawn; 0 for cells alone.
         pixels: pairs of pixels drawn in each of them.
-        fits: finer models of each pair of images, each from its share of the pixels.
+        hypotheses: finer models of each pair of images, each of a minimal sample of the pixels.
+        sharpness: of the softmax over their rewards: how much better ones count for more.
         model: that support is counted for: ``homography`` or ``fundamental``.
         cell_threshold: pixels up to which a pair of cells agrees with a model.
         pixel_threshold: pixels up to which a pair of pixels does.
         scale: error from which on the reward is zero, pixels or degrees.
-        strictness: factor on ``scale`` for the finer models. Too lenient, it rewards windows that agree on a wrong
-            shift.
         chance: for ``support``: share of matches that agrees by chance.
         penalty: of matches that do not agree with a good model, relative to its reward.
         pixel_weight: of the loss of pixels.
@@ -77,12 +75,12 @@ class ObjectiveConfig:
     matches: int = 384
     windows: int = 100
     pixels: int = 16
-    fits: int = 4
+    hypotheses: int = 64
+    sharpness: float = 20.0
     model: Literal["homography", "fundamental"] = "homography"
     cell_threshold: float = 7.0
     pixel_threshold: float = 2.5
     scale: float = 16.0
-    strictness: float = 0.25
     chance: float = 0.05
     penalty: float = 0.25
     pixel_weight: float = 1.0
@@ -96,13 +94,11 @@ class ObjectiveConfig:
             ("matches", 8, 1 << 20),
             ("windows", 0, 1 << 20),
             ("pixels", 2, 4096),
-            ("fits", 1, self.pixels),
+            ("hypotheses", 2, 4096),
         ):
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name}: expected {least} to {most}, got {getattr(self, name)}.")
-        if self.pixels % self.fits:
-            raise ValueError(f"fits: expected a divisor of pixels, {self.pixels}, got {self.fits}.")
-        for name in ("cell_threshold", "pixel_threshold", "scale", "strictness"):
+        for name in ("cell_threshold", "pixel_threshold", "scale", "sharpness"):
             if not 0 < getattr(self, name) < 1e9:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}.")
         for name in ("penalty", "pixel_weight", "entropy"):
@@ -154,8 +150,7 @@ def reward_objective(
 
     Convention:
         - Frame of the models: that of the keypoints, the centre of pixel (x, y) at (x + 0.5, y + 0.5).
-        - ``reward(found, strictness)`` gets N candidates and returns (N,) in [0, 1], 0 for a failure. Strictness is 1
-          for models from cells and ``config.strictness`` for those from pixels, whose errors should be smaller.
+        - ``reward(found)`` gets N candidates and returns (N,) in [0, 1], 0 for a failure.
         - Models are found by :func:`eloftr_ops.geometry.estimate_robust` with ``geometry.backend``.
         - A pair without a success costs zero, with zero gradient. No gradient is NaN or infinite.
 
@@ -195,7 +190,7 @@ def reward_of_stages(
     check_sampling(model.config, config.draws, config.matches, config.pixels)
     drawn = draw_cells(*sides, coarse, model.config, seeds=seeds, draws=config.draws, matches=config.matches)
     judged, agrees = _judge_cells(drawn, geometry, config)
-    rewards = _checked(reward(judged.found, 1.0), judged.found).view(agrees.shape[:2])
+    rewards = _checked(reward(judged.found), judged.found).view(agrees.shape[:2])
     rewards = rewards.to(drawn.log_probability)
     per_pair = expected_reward_loss(
         drawn.log_probability,
@@ -234,24 +229,14 @@ def reward_of_kind(
     Raises:
         ValueError: a kind without a reward, or without its labels.
     """
+    scale, backend = config.scale, config.backend
     if config.kind == "homography_reward" and H_0to1 is not None:
-        truth = H_0to1
-        return (
-            lambda found, strictness: homography_reward(
-                found, truth, size_hw, scale=config.scale * strictness
-            ),
-            Geometry("homography", backend=config.backend),
-        )
+        homography = Geometry("homography", backend=backend)
+        return partial(homography_reward, H_gt_0to1=H_0to1, size_hw=size_hw, scale=scale), homography
     if config.kind == "pose_reward" and T_0to1 is not None:
-        pose = T_0to1
-        return (
-            lambda found, strictness: pose_reward(found, pose, scale=config.scale * strictness),
-            Geometry("pose", K0, K1, config.backend),
-        )
+        return partial(pose_reward, T_gt_0to1=T_0to1, scale=scale), Geometry("pose", K0, K1, backend)
     if config.kind == "support":
-        return lambda found, strictness: support_reward(found, chance=config.chance), Geometry(
-            config.model, backend=config.backend
-        )
+        return partial(support_reward, chance=config.chance), Geometry(config.model, backend=backend)
     raise ValueError(f"kind: expected a reward whose labels are there, got {config.kind}.")
 
 
@@ -278,24 +263,63 @@ def _pixel_losses(
     geometry: Geometry,
     config: ObjectiveConfig,
 ) -> tuple[Tensor, Tensor]:
-    """(B,) mean over the windows of each pair, zero for those without a finer model; and the mean reward of those."""
+    """(B,) mean over the windows of each pair, zero for those without a finer model; and the mean reward of those.
+
+    One robust model of all pixels would not do: windows that agree on a wrong shift would be rewarded for agreeing, and
+    no draw would ever show them a better one. Small samples give different models, and their rewards can be compared.
+    """
     with torch.no_grad():
-        fits, shape = config.fits, pixels.valid.shape
-        fit = torch.arange(shape[1], device=batch.device) // (shape[1] // fits)
-        index = (batch[:, None] * fits + fit)[pixels.valid]
+        index = batch[:, None].expand_as(pixels.valid)[pixels.valid]
         points = pixels.keypoints0[pixels.valid], pixels.keypoints1[pixels.valid]
-        group = torch.arange(pairs * fits, device=batch.device)
-        judged = _judge(*points, index, group // fits, geometry, config.pixel_threshold)
+        found, near = _hypotheses(*points, index, pairs, geometry, config)
         counts = torch.bincount(batch, minlength=pairs)
-        of_models = _checked(reward(judged.found, config.strictness), judged.found).view(pairs, fits)
-        of_models = (of_models * (counts >= _LEAST_WINDOWS)[:, None]).to(pixels.log_probability)
-        worth = of_models + (leave_one_out(of_models) if config.baseline else 0)
-        near = torch.zeros_like(pixels.log_probability)
-        near[pixels.valid] = (-0.5 * judged.distance.square()).exp().to(near)
-        rewards = near * worth[batch][:, fit]
+        of_models = _checked(reward(found), found).view(pairs, -1).to(pixels.log_probability)
+        of_models = of_models * (counts >= _LEAST_WINDOWS)[:, None]
+        share = (
+            (config.sharpness * of_models).masked_fill(of_models <= 0, -torch.inf).softmax(1).nan_to_num(0)
+        )
+        worth = (share * of_models).sum(1)
+        rewards = torch.zeros_like(pixels.log_probability)
+        rewards[pixels.valid] = (near.to(share) * share[index]).sum(1) * worth[index]
     per_window = expected_reward_loss(pixels.log_probability, rewards, valid=pixels.valid, reduction="none")
     total = per_window.new_zeros(pairs).index_add(0, batch, per_window)
-    return total * config.pixels / counts.clamp_min(1), of_models.mean(1)
+    return total * config.pixels / counts.clamp_min(1), worth
+
+
+def _hypotheses(
+    keypoints0: Tensor,
+    keypoints1: Tensor,
+    index: Tensor,
+    pairs: int,
+    geometry: Geometry,
+    config: ObjectiveConfig,
+) -> tuple[Candidates, Tensor]:
+    """Models of minimal samples, and how well each match agrees with each model of its pair, (M, H) in [0, 1]."""
+    found = consensus_from_matches(
+        keypoints0,
+        keypoints1,
+        index,
+        batch_size=pairs,
+        model=geometry.model,
+        K0=geometry.K0,
+        K1=geometry.K1,
+        robust_scale=config.pixel_threshold,
+        hypotheses=config.hypotheses,
+        max_iterations=config.hypotheses,
+        temperature=1e9,  # no hypothesis that is determined gets the probability zero
+        refine_steps=0,
+    )
+    models = found.models_0to1.flatten(0, 1)
+    valid, kept = (found.probabilities > 0).flatten(), found.probabilities.shape[1]
+    group = torch.arange(pairs, device=index.device).repeat_interleave(kept)
+    rows = (index[:, None] * kept + torch.arange(kept, device=index.device)).flatten()
+    cameras = [None if K is None else K[group] for K in (geometry.K0, geometry.K1)]
+    repeated = keypoints0.repeat_interleave(kept, 0), keypoints1.repeat_interleave(kept, 0)
+    distance = _distances(*repeated, rows, models, geometry, cameras)
+    near = torch.where(valid[rows], (-0.5 * distance.square()).exp(), 0)
+    support = near.new_zeros(len(group)).index_add(0, rows, near)
+    support = support / torch.bincount(rows, minlength=len(group)).clamp_min(1)
+    return Candidates(models, valid, group, support), near.view(-1, kept)
 
 
 @torch.no_grad()

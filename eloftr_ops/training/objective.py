@@ -302,8 +302,8 @@ def _reward_sums(
     reward, geometry = reward_of_kind(objective, size_hw=size_hw, **truth)
     known = _rewarded(batch, objective)
 
-    def of_known(found: Candidates, strictness: float) -> Tensor:
-        return reward(found, strictness) * known[found.pairs]
+    def of_known(found: Candidates) -> Tensor:
+        return reward(found) * known[found.pairs]
 
     seeds = batch.seeds.to(known.device)
     return reward_of_stages(matcher, sides, cells, of_known, geometry, objective, seeds)

@@ -14,10 +14,10 @@ from support.models import random_images, tiny_model
 from support.pair_files import save_image
 from support.training_runs import gradients, losses, short
 
-CONFIG = ObjectiveConfig(kind="support", matches=40, windows=8, pixels=4, fits=2)
+CONFIG = ObjectiveConfig(kind="support", matches=40, windows=8, pixels=4, hypotheses=8)
 
 
-def _support(found: Candidates, strictness: float) -> Tensor:
+def _support(found: Candidates) -> Tensor:
     return found.support * found.valid
 
 
@@ -60,7 +60,7 @@ def test_no_success_gives_no_gradient_and_masks_are_taken() -> None:
     mask = torch.ones(1, 64, 64, dtype=torch.bool)
     mask[:, 32:] = False
 
-    def failure(found: Candidates, strictness: float) -> Tensor:
+    def failure(found: Candidates) -> Tensor:
         return torch.zeros(len(found.valid))
 
     result = reward_objective(model, image, image, failure, Geometry("homography"), CONFIG, mask0=mask)
@@ -84,7 +84,7 @@ def test_a_run_by_rewards(tmp_path: Path, kind: str) -> None:
             "matches": 30,
             "windows": 4,
             "pixels": 4,
-            "fits": 1,
+            "hypotheses": 8,
             "backend": "torch" if kind == "support" else "opencv",
         },
         loss={"homography_weight": 0.1},
@@ -105,7 +105,7 @@ def test_a_run_by_rewards(tmp_path: Path, kind: str) -> None:
     [
         ({"kind": "reward"}, r"objective\.kind: expected one of supervised, homography_reward"),
         ({"draws": 0}, r"objective\.draws: expected 1 to 1000, got 0"),
-        ({"pixels": 16, "fits": 5}, r"objective\.fits: expected a divisor of pixels, 16, got 5"),
+        ({"hypotheses": 1}, r"objective\.hypotheses: expected 2 to 4096, got 1"),
         ({"scale": 0}, r"objective\.scale: expected a positive number"),
         ({"penalty": -1}, r"objective\.penalty: expected at least 0"),
         ({"chance": 1}, r"objective\.chance: expected a share"),
