@@ -8,14 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from eloftr_ops.reconstruction.journal import PairMatches
 from eloftr_ops.reconstruction.pairs import Pair
 
-__all__ = ["MatchTable", "TablePair", "read_table"]
+__all__ = ["MatchTable", "TablePair", "read_table", "verified"]
 
 Array = npt.NDArray[np.float64]
 _LEAST_WEIGHT = 1e-6
+_LEAST_MATCHES = 16  # of a pair that is verified
 
 
 class TablePair(NamedTuple):
@@ -49,6 +51,34 @@ class MatchTable(NamedTuple):
                     points.append(pair.points[side])
                     confidence.append(pair.confidence)
         return np.concatenate(points), np.concatenate(confidence)
+
+
+def verified(table: MatchTable, threshold: float) -> MatchTable:
+    """The table without matches that the two-view geometry of their pair does not explain.
+
+    Of images with nothing in common, the few matches are left that some geometry explains by chance. Pairs of fewer
+    than sixteen matches, which determine none, stay as they are.
+
+    Args:
+        table: the matches.
+        threshold: largest epipolar error, pixels as matched.
+    """
+    from eloftr_ops.geometry import estimate_robust  # OpenCV is not loaded for anything else
+
+    pairs = []
+    for pair in table.pairs:
+        count = len(pair.confidence)
+        if count >= _LEAST_MATCHES:
+            keypoints0, keypoints1 = (torch.from_numpy(points) for points in pair.points)
+            batch = torch.zeros(count, dtype=torch.int64)
+            found = estimate_robust(
+                keypoints0, keypoints1, batch, batch_size=1, model="fundamental", threshold=threshold
+            )
+            kept = found.inliers.numpy() & found.valid.item()
+            points0, points1 = (points[kept] for points in pair.points)
+            pair = pair._replace(points=(points0, points1), confidence=pair.confidence[kept])
+        pairs.append(pair)
+    return table._replace(pairs=pairs)
 
 
 def read_table(matches: Iterable[PairMatches], resize: int, least: float = 0.0) -> MatchTable:

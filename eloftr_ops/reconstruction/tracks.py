@@ -5,11 +5,12 @@ A semi-dense matcher finds other points of an image in every pair, so that nothi
 makes them equal, and moves each by up to half a square, in each image another way. Here a match is never moved in one
 image alone:
 
-1. Keypoints are put where many pairs have matches, and go along with the matches around them into all other images
+1. Matches that the two-view geometry of their pair does not explain are left out.
+2. Keypoints are put where many pairs have matches, and go along with the matches around them into all other images
    (`eloftr_ops.reconstruction.propagation`): a track with at most one point per image.
-2. The points of all tracks are moved together to agree with all matches, weighted by the confidences
+3. The points of all tracks are moved together to agree with all matches, weighted by the confidences
    (`eloftr_ops.reconstruction.adjustment`).
-3. Ties that still disagree are dropped, and tracks that hang on them fall apart.
+4. Ties that still disagree are dropped, and tracks that hang on them fall apart.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from eloftr_ops.errors import ArgumentError
 from eloftr_ops.reconstruction.adjustment import adjust_keypoints, constraint_errors
 from eloftr_ops.reconstruction.journal import PairMatches
-from eloftr_ops.reconstruction.match_table import Array, MatchTable, read_table
+from eloftr_ops.reconstruction.match_table import Array, MatchTable, read_table, verified
 from eloftr_ops.reconstruction.pairs import Pair
 from eloftr_ops.reconstruction.propagation import Grown, grow_tracks
 
@@ -42,6 +43,7 @@ class TrackConfig:
         join: keypoints that arrive so near to another one are taken for the same.
         max_error: largest disagreement of a tie with the keypoints at the end.
         min_confidence: matches that are less sure are left out.
+        verification: largest error of a match to the two-view geometry of its pair; None: not looked at.
     """
 
     spacing: float = 4.0
@@ -49,6 +51,7 @@ class TrackConfig:
     join: float = 1.5
     max_error: float = 1.5
     min_confidence: float = 0.0
+    verification: float | None = 2.0
 
     def __post_init__(self) -> None:
         for name in ("spacing", "reach", "join", "max_error"):
@@ -117,7 +120,9 @@ def build_tracks(
         there, with no match.
     """
     config = config or TrackConfig()
-    table = read_table(matches, resize, config.min_confidence)
+    table = given = read_table(matches, resize, config.min_confidence)
+    if config.verification is not None:
+        table = verified(given, config.verification)
     grown = grow_tracks(table, spacing=config.spacing, reach=config.reach, join=config.join)
     position = adjust_keypoints(grown.constraints, grown.position)
     errors = np.linalg.norm(constraint_errors(grown.constraints, position), axis=1)
@@ -129,7 +134,7 @@ def build_tracks(
     used[edges] = True
     weight = np.bincount(edges.ravel(), np.repeat(ties.weight, 2), len(position)).astype(np.float64)
     report = track_report(
-        table, errors[agree], label[used], conflicts=grown.conflicts, broken=int((~agree).sum())
+        given, errors[agree], label[used], conflicts=grown.conflicts, broken=int((~agree).sum())
     )
     grown = grown._replace(position=position, track=label)
     return _sorted_tracks(table, grown, weight, used, report)

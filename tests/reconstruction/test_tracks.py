@@ -12,7 +12,7 @@ from eloftr_ops.reconstruction.anchors import find_anchors, nearest_anchor
 from eloftr_ops.reconstruction.field import sample_field
 from eloftr_ops.reconstruction.journal import PairMatches
 from eloftr_ops.reconstruction.quantisation import quantised_tracks
-from eloftr_ops.reconstruction.tracks import Tracks, build_tracks, components
+from eloftr_ops.reconstruction.tracks import TrackConfig, Tracks, build_tracks, components
 from support.photographs import Photographs, photographs
 
 RNG = np.random.default_rng(0)
@@ -101,6 +101,14 @@ def test_larger_originals_have_larger_keypoints(scene: Photographs, exact: Track
     tracks = build_tracks(large, 128)
     assert tracks.report == exact.report
     np.testing.assert_array_equal(tracks.keypoints[2], 2 * exact.keypoints[2])
+
+
+def test_most_matches_that_lead_anywhere_are_left_out() -> None:
+    """As of images with nothing in common: a geometry that fits best explains a tenth of them by chance."""
+    points0, points1 = RNG.uniform(10, 300, (2, 150, 2)).astype(np.float32)
+    pair = PairMatches(("a", "b"), points0, points1, np.full(150, 0.3, np.float32), (320, 320), (320, 320))
+    assert build_tracks([pair]).report.tracks < 25
+    assert build_tracks([pair], config=TrackConfig(verification=None)).report.tracks > 50
 
 
 def test_no_matches_give_no_keypoints() -> None:
