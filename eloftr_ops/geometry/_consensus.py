@@ -23,9 +23,10 @@ from eloftr_ops.geometry._residuals import Residual, SampsonResidual, TransferRe
 from eloftr_ops.geometry._robust import START_KERNEL, trusted_weights, votes
 from eloftr_ops.geometry._search import Candidates, Problem, search
 
-# So many of the best candidates are improved by a few steps after each round of samples.
-IMPROVED = 4
-STEPS_OF_IMPROVEMENT = 5
+# So many of the best candidates are improved after each round of samples, by so many steps at so many times the
+# scale: the wider kernel reaches further, the last one decides.
+IMPROVED = 8
+STEPS_OF_IMPROVEMENT = {2.0: 4, 1.0: 4}
 # Singular values of the equations of a minimal sample: a smaller ratio means that it determines no model.
 LEAST_RATIO = 1e-6
 
@@ -204,8 +205,10 @@ def _improved(problem: Problem, matrices: Tensor) -> Tensor:
     few = min(IMPROVED, matrices.shape[1])
     starts = matrices[:, :few].flatten(0, 1)
     points0, points1, weights, scale = (x.repeat_interleave(few, 0) for x in problem[1:])
-    cost = RobustCost(residual_of(problem.model), points0, points1, weights, scale, START_KERNEL)
-    chart = levenberg_marquardt(chart_at(problem.model, starts), cost, STEPS_OF_IMPROVEMENT)
+    chart = chart_at(problem.model, starts)
+    for width, steps in STEPS_OF_IMPROVEMENT.items():
+        cost = RobustCost(residual_of(problem.model), points0, points1, weights, width * scale, START_KERNEL)
+        chart = levenberg_marquardt(chart, cost, steps)
     better = chart.at(torch.zeros_like(chart.tangent[:, 0]))
     finite = torch.isfinite(better).flatten(1).all(1)[:, None, None]
     improved: Tensor = torch.where(finite, better, starts).unflatten(0, (-1, few))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Robust kernels and the graduated, iteratively re-weighted start."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -111,44 +110,6 @@ def sampled_starts(model: str, points: tuple[Tensor, Tensor], weights: Tensor, s
         scale: `(B,)`, robust scale in the unit of the points.
     """
     return search(Problem(model, *points, weights, scale), STARTS, max_samples=SAMPLES[model]).matrices
-
-
-def log_false_alarms(squared: Tensor, votes: Tensor, scale: Tensor, dimension: int, size: int) -> Tensor:
-    """Logarithm of how many models as well supported as this one wrong matches give by accident.
-
-    A-contrario: a wrong match lies anywhere, so it agrees within r with the probability that a disc (for a
-    point) or a strip (for a line) of that size has in the image; of all subsets of the matches and all minimal
-    samples in them, how many agree that well? (Moisan and Stival 2004.) Below zero the support is no accident.
-
-    Args:
-        squared: `(B, N)`, squared residuals in Hartley's normalised frame.
-        votes: `(B, N)`, in [0, 1] per match; zero for none.
-        scale: `(B,)`, robust scale in that frame; only matches within three times that count as support.
-        dimension: 2 for the distance of points, 1 for that from a line.
-        size: of the minimal sample.
-
-    Returns:
-        `(B,)`. Zero where nothing is left to test: no more votes than a minimal sample has.
-    """
-    squared, order = squared.masked_fill(votes <= 0, float("inf")).sort(1)
-    support = votes.gather(1, order).cumsum(1)
-    count = support[:, -1:].clamp_min(size)
-    distance = squared.clamp_min(1e-24).sqrt()
-    # A uniform square with mean distance sqrt(2) from its centre has side 3.70 and diagonal 5.23.
-    chance = math.pi * squared / 3.70**2 if dimension == 2 else 2.0 * 5.23 * distance / 3.70**2
-    chance = chance.clamp(1e-24, 1.0)
-
-    def log_choose(n: Tensor, k: Tensor) -> Tensor:
-        return torch.lgamma(n + 1.0) - torch.lgamma(k + 1.0) - torch.lgamma((n - k).clamp_min(0.0) + 1.0)
-
-    k, s = support.clamp_min(size), torch.full_like(support, size)
-    alarms = (
-        (count - s).clamp_min(1.0).log() + log_choose(count, k) + log_choose(k, s) + (k - s) * chance.log()
-    )
-    near = (distance <= 3.0 * scale[:, None]) & (support >= size)
-    least = alarms.masked_fill(~near, float("inf")).amin(1)
-    untestable = support[:, -1] <= size + 1e-6
-    return torch.where(untestable, 0.0, least)
 
 
 def graduated_start(

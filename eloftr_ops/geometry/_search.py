@@ -20,7 +20,7 @@ from eloftr_ops.geometry._residuals import sampson_of_many, symmetric_transfer_o
 # Residuals held at once while samples are scored: they fit a cache of a CPU, and fill other devices.
 RESIDUALS_AT_ONCE = {"cpu": 2**20, "other": 2**26}
 LEAST_SAMPLES_AT_ONCE = 16
-FIRST_ROUND = 256
+FIRST_ROUND, LONGEST_ROUND = 256, 1024
 
 Improve = Callable[["Problem", Tensor], Tensor]
 
@@ -80,9 +80,9 @@ def search(
 ) -> Candidates:
     """Return the best of many minimal models of each pair.
 
-    Rounds of samples, each as large as all before it. A pair is done when a better sample would have been drawn with
-    probability `confidence` (Fischler and Bolles 1981), or after `max_samples`. A pair gets the same samples alone and
-    in a batch.
+    Rounds of samples, each as large as all before it up to a limit. A pair is done when a better sample would have
+    been drawn with probability `confidence` (Fischler and Bolles 1981), or after `max_samples`. A pair gets the same
+    samples alone and in a batch.
 
     Args:
         problem: the matches.
@@ -99,7 +99,7 @@ def search(
     pairs = torch.arange(problem.scale.shape[0], device=problem.scale.device)
     size, drawn = SAMPLE_SIZE[problem.model], 0
     while drawn < max_samples and pairs.shape[0]:
-        samples = min(max(FIRST_ROUND, drawn), max_samples - drawn)
+        samples = min(max(FIRST_ROUND, drawn), LONGEST_ROUND, max_samples - drawn)
         seed = int(torch.randint(2**62, (), generator=generator))
         part, drawn = problem.of_pairs(pairs), drawn + samples
         kept = Candidates(*(x[pairs] for x in found))

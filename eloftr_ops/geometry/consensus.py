@@ -15,13 +15,14 @@ from eloftr_ops.geometry._checks import (
     check_sampling,
     check_scale,
 )
+from eloftr_ops.geometry._consensus import framed
 from eloftr_ops.geometry._eight_point import nearest_essential, with_fixed_sign
-from eloftr_ops.geometry._linalg import skew
+from eloftr_ops.geometry._linalg import homography_in_units, skew, unit_magnitude
 from eloftr_ops.geometry._precision import eager, returned, work_device
-from eloftr_ops.geometry._ragged import Matches, canonical_order, pad_matches
-from eloftr_ops.geometry.fundamental import camera_matrix, fundamental_from_matches
+from eloftr_ops.geometry._ragged import Matches, PaddedMatches, canonical_order, pad_matches, solve_in_pieces
+from eloftr_ops.geometry.fundamental import camera_matrix, fundamental_from_matches, fundamental_in_pixels
 from eloftr_ops.geometry.homography import homography_from_matches
-from eloftr_ops.geometry.hypotheses import consensus_from_matches
+from eloftr_ops.geometry.hypotheses import consensus_from_matches, in_frame_of, no_accident
 from eloftr_ops.geometry.pose import choose_motion, in_camera_coordinates, relative_pose_from_matches
 
 __all__ = ["ConsensusEstimate", "estimate_robust"]
@@ -70,9 +71,10 @@ def estimate_robust(
           `essential_from_matches` and `relative_pose_from_matches`, whose normalisation the models have.
         - Units: threshold in pixels: transfer error for a homography, Sampson error (OpenCV: distance to the
           epipolar line) otherwise.
-        - Degenerate input: too few matches, or inliers that do not determine the model (collinear, repeated),
-          give `valid=False`, the identity (the zero matrix for a fundamental or essential matrix) and no
-          inliers. So does a pair at which OpenCV itself raises an error; the other pairs keep their results.
+        - Degenerate input: too few matches, inliers that do not determine the model (collinear, repeated), or no more
+          of them than wrong matches would give by accident, give `valid=False`, the identity (the zero matrix for a
+          fundamental or essential matrix) and no inliers. So does a pair at which OpenCV itself raises an error; the
+          other pairs keep their results.
         - Order: the result does not depend on the order of the matches.
         - Gradient: none; the inputs are detached.
         - Randomness: from `seed` alone; no global random state is read or changed.
@@ -119,8 +121,11 @@ def estimate_robust(
             matrices, inliers = _all_pairs_at_once(model, matches, options, cameras)
         else:
             matrices, inliers = _pair_by_pair(model, matches, solver_of(backend, model, options, cameras))
-        judged = _judged(model, matrices, matches._replace(weights=inliers.double()), cameras)
-    found, valid = (returned(x, keypoints0) for x in judged)
+        model_0to1, valid = _judged(model, matrices, matches._replace(weights=inliers.double()), cameras)
+        valid = valid & _supported(model, matrices, matches, threshold, cameras)
+        empty = _nothing(model, model_0to1)
+        model_0to1 = torch.where(valid[:, None, None], model_0to1, empty)
+    found, valid = returned(model_0to1, keypoints0), returned(valid, keypoints0)
     return ConsensusEstimate(found, valid, inliers.to(keypoints0.device) & valid[batch_indexes.long()])
 
 
@@ -180,22 +185,50 @@ def _judged(
         estimate = relative_pose_from_matches(
             *points[:2], *cameras, points[2], weights=weights, refine_steps=1, initial_0to1=T
         )
-        valid, result, empty = estimate.valid & front, T, torch.eye(4, dtype=T.dtype, device=T.device)
+        valid, result = estimate.valid & front, T
         if model == "essential":
-            result, empty = (
-                with_fixed_sign(skew(T[:, :3, 3]) @ T[:, :3, :3]),
-                torch.zeros_like(T[0, :3, :3]),
-            )
+            result = with_fixed_sign(skew(T[:, :3, 3]) @ T[:, :3, :3])
     elif model == "homography":
         root = torch.linalg.det(matrices)
         root = root.sign() * root.abs().pow(1.0 / 3.0)
         result = matrices / torch.where(root == 0, 1.0, root)[:, None, None]
         valid = homography_from_matches(*points, batch_size=batch_size, weights=weights).valid & (root != 0)
-        empty = torch.eye(3, dtype=result.dtype, device=result.device)
     else:
-        result, empty = with_fixed_sign(matrices), torch.zeros_like(matrices[0])
+        result = with_fixed_sign(matrices)
         valid = fundamental_from_matches(*points, batch_size=batch_size, weights=weights).valid
-    return torch.where(valid[:, None, None], result, empty), valid
+    return result, valid
+
+
+def _nothing(model: str, like: Tensor) -> Tensor:
+    """The model of a pair that is not valid."""
+    eye = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+    return eye if model in ("homography", "pose") else torch.zeros_like(eye)
+
+
+def _supported(
+    model: str, matrices: Tensor, matches: Matches, threshold: float, cameras: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Pairs `(B,)` whose model agrees with more of all matches than it would by accident."""
+    kind = "essential" if model == "pose" else model
+    exact = None if cameras is None else (camera_matrix(cameras[0]), camera_matrix(cameras[1]))
+
+    def solve(pixels: PaddedMatches, pairs: Tensor) -> tuple[Tensor, ...]:
+        of_pairs = None if exact is None else (exact[0][pairs], exact[1][pairs])
+        camera, scale, _ = in_frame_of(kind, pixels, threshold, of_pairs)
+        problem = framed(kind, camera, scale)
+        frame0, frame1 = problem.frames
+        if kind == "homography":
+            inner = homography_in_units(matrices[pairs], 1.0 / pixels.unit0, 1.0 / pixels.unit1)
+            inner = frame1.transform @ unit_magnitude(inner, (1, 2)) @ frame0.inverse
+        else:
+            inner = with_fixed_sign(matrices[pairs])
+            if kind == "fundamental":
+                inner = with_fixed_sign(fundamental_in_pixels(inner, 1.0 / pixels.unit0))
+            inner = frame1.inverse.mT @ inner @ frame0.inverse
+        return no_accident(problem, with_fixed_sign(inner)), problem.share
+
+    supported: Tensor = solve_in_pieces(matches, solve, one_unit=kind == "fundamental")[0]
+    return supported
 
 
 def _poses(E: Tensor, matches: Matches, cameras: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,6 @@ from eloftr_ops.geometry._eight_point import (
     with_fixed_sign,
 )
 from eloftr_ops.geometry._linalg import FAR, Normalised, skew, unit_magnitude
-from eloftr_ops.geometry._minimal import SAMPLE_SIZE
 from eloftr_ops.geometry._precision import eager, returned, to_work
 from eloftr_ops.geometry._ragged import Matches, PaddedMatches, solve_in_pieces
 from eloftr_ops.geometry._refine import RobustCost, minimise
@@ -32,12 +31,12 @@ from eloftr_ops.geometry._robust import (
     KERNELS,
     cheapest,
     graduated_start,
-    log_false_alarms,
     robust_weight,
     sampled_starts,
     trusted_weights,
     votes,
 )
+from eloftr_ops.geometry._validity import is_no_accident
 from eloftr_ops.geometry.homography import resolve_steps
 
 __all__ = ["FundamentalEstimate", "fundamental_from_matches", "fundamental_from_pose"]
@@ -215,21 +214,20 @@ def robust_eight_point(model: str, matches: PaddedMatches, scale: Tensor) -> tup
         return graduated_start(starts, solve, squared, trusted, scale)
 
 
-def supported(E: Tensor, matches: PaddedMatches, scale: Tensor, unit: Tensor, size: int) -> Tensor:
+def supported(model: str, E: Tensor, matches: PaddedMatches, scale: Tensor, unit: Tensor) -> Tensor:
     """Pairs `(B,)` whose robust epipolar geometry agrees with more matches than it would by accident.
 
     Args:
-        E: `(B, 3, 3)`, fundamental or essential matrices.
+        model: "fundamental" or "essential".
+        E: `(B, 3, 3)`, such matrices.
         matches: in the coordinates of E.
         scale: `(B,)`, robust scale in the unit of the matches.
         unit: `(B,)`, from that unit to Hartley's frame.
-        size: of the minimal sample.
     """
     with torch.no_grad():
         points = (matches.points0, matches.points1)
         support = votes(*points, (matches.weights > 0).to(scale.dtype), 2.0 * scale)
-        squared = SampsonResidual.value(E, *points).clamp(-FAR, FAR).square().sum(-1) * unit.square()[:, None]
-        return log_false_alarms(squared, support, scale * unit, 1, size) <= 0
+        return is_no_accident(model, E, points, support, scale, unit)
 
 
 def _refined_estimate(
@@ -260,7 +258,7 @@ def _refined_estimate(
     inner = minimum.chart.at(minimum.delta)
     valid = determined & unique & minimum.determined
     if robust is not None:
-        valid = valid & supported(inner, centred, scale, torch.ones_like(scale), SAMPLE_SIZE["fundamental"])
+        valid = valid & supported("fundamental", inner, centred, scale, torch.ones_like(scale))
     return shift1.mT @ inner @ shift0, valid, valid & minimum.converged, minimum.conditioning
 
 

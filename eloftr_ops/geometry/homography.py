@@ -28,12 +28,12 @@ from eloftr_ops.geometry._robust import (
     KERNELS,
     cheapest,
     graduated_start,
-    log_false_alarms,
     robust_weight,
     sampled_starts,
     trusted_weights,
     votes,
 )
+from eloftr_ops.geometry._validity import is_no_accident
 
 __all__ = ["HomographyEstimate", "apply_homography", "homography_from_matches"]
 
@@ -266,8 +266,9 @@ def _refined_estimate(
         with torch.no_grad():
             points0, points1 = cost.points0, cost.points1
             support = votes(points0, points1, (matches.weights > 0).to(scale.dtype), 2.0 * scale)
-            squared = symmetric_transfer(matrix, points0, points1)
-            valid = valid & (log_false_alarms(squared, support, scale, 2, LEAST_MATCHES) <= 0)
+            valid = valid & is_no_accident(
+                "homography", matrix, (points0, points1), support, scale, torch.ones_like(scale)
+            )
     H = or_identity(with_unit_determinant(matrix, frame0, frame1), valid)
     return H, valid, valid & minimum.converged, minimum.conditioning
 

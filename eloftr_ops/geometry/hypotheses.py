@@ -21,7 +21,7 @@ from eloftr_ops.geometry._minimal import SAMPLE_SIZE, log_probability_of_samples
 from eloftr_ops.geometry._precision import eager, returned
 from eloftr_ops.geometry._ragged import Matches, PaddedMatches, solve_in_pieces
 from eloftr_ops.geometry._robust import START_KERNEL, robust_weight
-from eloftr_ops.geometry._validity import agreement_is_no_accident
+from eloftr_ops.geometry._validity import is_no_accident
 from eloftr_ops.geometry.fundamental import camera_matrix, fundamental_in_pixels
 from eloftr_ops.geometry.homography import LEAST_DETERMINANT, with_unit_determinant
 from eloftr_ops.geometry.pose import camera_scale, choose_motion, in_camera_coordinates
@@ -162,7 +162,7 @@ def consensus_from_matches(
         score = torch.where(determined, found.score, 0.0)
         best = torch.where(determined, score.detach(), -1.0).argmax(1)
         rows = torch.arange(best.shape[0], device=best.device)
-        valid = determined[rows, best] & agreement_is_no_accident(problem, found.matrices[rows, best])
+        valid = determined[rows, best] & no_accident(problem, found.matrices[rows, best])
         squared = squared_residuals(kind, found.matrices[rows, best], problem.points0, problem.points1)
         agreement = robust_weight(squared, problem.problem.scale, "cauchy")
         agreement = torch.where(determined[rows, best][:, None], agreement, 0.0)
@@ -198,6 +198,13 @@ def in_frame_of(
         camera, usable = in_camera_coordinates(pixels, *cameras)
         return camera, camera_scale(scale, *cameras).detach(), usable
     return pixels, scale / pixels.unit1, torch.ones_like(pixels.unit1, dtype=torch.bool)
+
+
+def no_accident(problem: Framed, matrices: Tensor) -> Tensor:
+    """Pairs `(B,)` whose model `(B, 3, 3)`, in the frame of the problem, is well supported."""
+    plain = problem.problem
+    points = (plain.points0, plain.points1)
+    return is_no_accident(plain.model, matrices, points, problem.share, plain.scale, problem.unit)
 
 
 def _probabilities(scores: Tensor, determined: Tensor) -> Tensor:

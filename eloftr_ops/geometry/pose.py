@@ -23,7 +23,6 @@ from eloftr_ops.geometry._eight_point import (
     with_fixed_sign,
 )
 from eloftr_ops.geometry._linalg import adjugate, homogeneous, safe_normalise, skew, unit_magnitude
-from eloftr_ops.geometry._minimal import SAMPLE_SIZE
 from eloftr_ops.geometry._precision import eager, returned, to_work
 from eloftr_ops.geometry._ragged import Matches, PaddedMatches, solve_in_pieces
 from eloftr_ops.geometry._refine import RobustCost, levenberg_marquardt, minimise
@@ -372,5 +371,5 @@ def _refined_motion(
     valid = ready & enough & minimum.determined
     if robust is not None:
         unit = (linear.frame0.scale * linear.frame1.scale).sqrt()
-        valid = valid & supported(skew(t) @ R, matches, scale.detach(), unit, SAMPLE_SIZE["essential"])
+        valid = valid & supported("essential", skew(t) @ R, matches, scale.detach(), unit)
     return R, t, valid, valid & minimum.converged, minimum.conditioning

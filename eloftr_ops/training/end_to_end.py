@@ -9,8 +9,9 @@ cells and matches.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,28 +29,39 @@ class EndToEndConfig:
 
     Args:
         mode: of the matcher; ``hard`` leaves keypoints0, and the coarse choice of both sides, without gradient.
-        robust: kernel of the estimator, ``cauchy`` or ``geman_mcclure``; None for weighted least
-            squares. In least squares a wrong match pulls the model, so its confidence learns to fall. A kernel
-            suppresses the match and its gradient.
+        robust: kernel of the estimator, ``geman_mcclure`` or ``cauchy``; None for weighted least squares. The gradient
+            of least squares is mostly that of the wrong matches; with a kernel it is nearly that of the right ones
+            alone (docs/geometry.md has the table that this default follows).
         robust_scale: of the kernel: error in pixels at which a match starts to count as an outlier.
         corner_saturation: the most a pair can cost in the homography loss, pixels; None for no bound.
         pose_saturation: the most a pair can cost in the pose loss, radians; None for no bound.
+        invalid: what a pair costs whose matches determine no model: ``zero`` leaves it out of the mean; ``saturated``
+            counts the saturation, the most that a pair can cost; ``nan`` makes the loss NaN. None of them has a
+            gradient, but only ``zero`` makes a matcher without matches look perfect.
     """
 
     mode: GradientMode = "straight_through"
-    robust: str | None = None
+    robust: str | None = "geman_mcclure"
     robust_scale: float = 2.0
     corner_saturation: float | None = 32.0
     pose_saturation: float | None = 0.5
+    invalid: Literal["zero", "saturated", "nan"] = "zero"
+
+    def __post_init__(self) -> None:
+        if self.invalid not in ("zero", "saturated", "nan"):
+            raise ValueError(f"invalid: expected zero, saturated or nan, got {self.invalid!r}.")
+        if self.invalid == "saturated" and None in (self.corner_saturation, self.pose_saturation):
+            raise ValueError("invalid: 'saturated' needs corner_saturation and pose_saturation, got None.")
 
 
 class EndToEndLoss(NamedTuple):
     """The loss of one batch of B pairs."""
 
-    loss: Tensor  # () mean over the valid pairs; zero, with zero gradient, if there is none
-    per_pair: Tensor  # (B,), zero where not valid
+    loss: Tensor  # () mean over the valid pairs; zero, with zero gradient, if there is none (see ``invalid``)
+    per_pair: Tensor  # (B,), where not valid zero, the saturation or NaN, as ``invalid`` says
     valid: Tensor  # (B,) bool: the matches determine a model
     matches: Matches  # what the model was estimated from
+    matches_per_pair: Tensor  # (B,) int64; watch it: a matcher that finds nothing has no error
 
 
 def homography_objective(
@@ -58,6 +70,9 @@ def homography_objective(
     image1: Tensor,
     H_gt_0to1: Tensor,
     config: EndToEndConfig | None = None,
+    *,
+    mask0: Tensor | None = None,
+    mask1: Tensor | None = None,
 ) -> EndToEndLoss:
     """Corner error, in pixels of image 1, of the homography estimated from the matches.
 
@@ -75,13 +90,15 @@ def homography_objective(
         image1: (B, 1, H1, W1) in [0, 1].
         H_gt_0to1: (B, 3, 3) the truth, any scale.
         config: mode, estimator and bound; ``EndToEndConfig()`` by default.
+        mask0: (B, H0, W0) bool, True where image 0 shows something: pairs of different sizes, padded to one.
+        mask1: (B, H1, W1), the same for image 1.
 
     Raises:
         ValueError: shapes, ranges or options that do not fit; from the matcher, the estimator or the loss.
         TypeError: dtypes that do not fit.
     """
     config = config or EndToEndConfig()
-    matches = _match(model, image0, image1, config.mode)
+    matches = _match(model, (image0, image1), (mask0, mask1), config.mode)
     height, width = image0.shape[-2:]
     return homography_objective_of_matches(matches, (height, width), H_gt_0to1, config)
 
@@ -107,7 +124,7 @@ def homography_objective_of_matches(
         saturation=config.corner_saturation,
         reduction="none",
     )
-    return EndToEndLoss(_mean_of_valid(per_pair, estimate.valid), per_pair, estimate.valid, matches)
+    return _summed_up(per_pair, estimate.valid, matches, config.invalid, config.corner_saturation)
 
 
 def pose_objective(
@@ -118,6 +135,9 @@ def pose_objective(
     K1: Tensor,
     T_gt_0to1: Tensor,
     config: EndToEndConfig | None = None,
+    *,
+    mask0: Tensor | None = None,
+    mask1: Tensor | None = None,
 ) -> EndToEndLoss:
     """Rotation plus translation-direction error, in radians, of the relative pose estimated from the matches.
 
@@ -135,13 +155,15 @@ def pose_objective(
         K1: (B, 3, 3) intrinsics of camera 1.
         T_gt_0to1: (B, 4, 4) the truth.
         config: mode, estimator and bound; ``EndToEndConfig()`` by default.
+        mask0: (B, H0, W0) bool, True where image 0 shows something: pairs of different sizes, padded to one.
+        mask1: (B, H1, W1), the same for image 1.
 
     Raises:
         ValueError: shapes, ranges or options that do not fit; from the matcher, the estimator or the loss.
         TypeError: dtypes that do not fit.
     """
     config = config or EndToEndConfig()
-    matches = _match(model, image0, image1, config.mode)
+    matches = _match(model, (image0, image1), (mask0, mask1), config.mode)
     return pose_objective_of_matches(matches, K0, K1, T_gt_0to1, config)
 
 
@@ -166,7 +188,7 @@ def pose_objective_of_matches(
         saturation=config.pose_saturation,
         reduction="none",
     )
-    return EndToEndLoss(_mean_of_valid(per_pair, estimate.valid), per_pair, estimate.valid, matches)
+    return _summed_up(per_pair, estimate.valid, matches, config.invalid, config.pose_saturation)
 
 
 def finite_step(
@@ -197,9 +219,32 @@ def finite_step(
     return True
 
 
-def _match(model: EfficientLoFTR, image0: Tensor, image1: Tensor, mode: GradientMode) -> Matches:
-    return Matches(**model({"image0": image0, "image1": image1}, mode=mode))
+def _match(
+    model: EfficientLoFTR,
+    images: tuple[Tensor, Tensor],
+    masks: tuple[Tensor | None, Tensor | None],
+    mode: GradientMode,
+) -> Matches:
+    data = {"image0": images[0], "image1": images[1]}
+    data |= {f"mask{k}": mask for k, mask in enumerate(masks) if mask is not None}
+    return Matches(**model(data, mode=mode))
 
 
-def _mean_of_valid(per_pair: Tensor, valid: Tensor) -> Tensor:
-    return per_pair.sum() / valid.sum().clamp_min(1)
+def _summed_up(
+    per_pair: Tensor, valid: Tensor, matches: Matches, invalid: str, saturation: float | None
+) -> EndToEndLoss:
+    """The loss of a batch, with the cost of invalid pairs, and a warning where no pair is valid."""
+    counts = torch.bincount(matches.batch_indexes, minlength=len(per_pair))
+    if not bool(valid.any()):
+        warnings.warn(
+            f"no pair of this batch determines a model (matches per pair: {counts.tolist()}); its loss teaches "
+            "nothing. Lower the matcher's threshold or the learning rate; EndToEndConfig(invalid='saturated') keeps such a "
+            "batch from looking perfect",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    if invalid != "zero":
+        cost = float("nan") if invalid == "nan" else float(saturation or 0.0)
+        per_pair = torch.where(valid, per_pair, cost)
+    pairs = valid.sum().clamp_min(1) if invalid == "zero" else len(per_pair)
+    return EndToEndLoss(per_pair.sum() / pairs, per_pair, valid, matches, counts)

@@ -70,8 +70,9 @@ def test_with_half_of_the_matches_wrong_the_right_ones_decide(count: int) -> Non
     assert bool((error < 1.5 * noise).all())
     pose = relative_pose_from_matches(*views.matches[:2], views.K0, views.K1, views.batch_indexes, **OPTIONS)
     assert bool(pose.valid.all())
-    # Wrong matches that pass within 2 px of their line by accident pull too; without any it is 0.6 degrees.
-    assert float(_pose_error(pose.T_0to1, views).median()) < 3.0
+    # Wrong matches that pass within 2 px of their line by accident pull too; without any it is 0.6 degrees. With 60
+    # matches the median is 2.05, and the consensus finds the same minimum from other samples: it is the data's.
+    assert float(_pose_error(pose.T_0to1, views).median()) < 2.2
     assert int((_pose_error(pose.T_0to1, views) > 5.0).sum()) <= 1  # OpenCV's MAGSAC++: 3 of 60 such problems
 
 

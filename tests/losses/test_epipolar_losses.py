@@ -13,7 +13,13 @@ from kornia.geometry.epipolar import (
 from torch import Tensor
 
 from eloftr_ops.geometry import fundamental_from_pose
-from eloftr_ops.losses import sampson_loss, symmetric_epipolar_loss, weak_homography_loss, weak_pose_loss
+from eloftr_ops.losses import (
+    sampson_loss,
+    symmetric_epipolar_loss,
+    symmetric_transfer_loss,
+    weak_homography_loss,
+    weak_pose_loss,
+)
 from support.gradients import check_gradients, finite_gradients
 from support.two_view import Scene, planar_scene, scene
 
@@ -169,3 +175,39 @@ def test_weak_losses_do_not_teach_the_confidence_to_fall() -> None:
         to_points, to_weights = torch.autograd.grad(value, (keypoints1, weights), allow_unused=True)
         assert bool(to_points.any())
         assert to_weights is None
+
+
+def test_losses_that_carry_a_gradient_to_the_weights_keep_the_right_matches() -> None:
+    """Forty steps on the confidences alone: wrong matches fall below the threshold, right ones do not."""
+    views, planar = (draw(2, 40, seed=1, noise=0.5, wrong=0.25) for draw in (scene, planar_scene))
+    right = (torch.arange(40) >= 10).repeat(2)
+    for loss, matches, known in (
+        (sampson_loss, views.matches, _fundamental(views)),
+        (symmetric_epipolar_loss, views.matches, _fundamental(views)),
+        (symmetric_transfer_loss, planar.matches, planar.H_0to1),
+    ):
+        logits = torch.ones(80, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([logits], 0.1)
+        for _ in range(40):
+            optimizer.zero_grad()
+            loss(*matches, known, logits.sigmoid()).backward()
+            optimizer.step()
+        confident = logits.detach().sigmoid() > 0.2
+        assert bool(confident[right].all())
+        assert int(confident[~right].sum()) <= 2
+
+
+@pytest.mark.parametrize("loss", [sampson_loss, symmetric_epipolar_loss])
+def test_whatever_stands_in_rows_that_are_not_valid_counts_for_nothing(loss: Any) -> None:
+    views = scene(2, 6, seed=40, noise=1.0)
+    F, x0 = _fundamental(views).clone(), views.keypoints0.clone()
+    expected = loss(*views.matches, F, valid=torch.tensor([True, False]))
+    F[1], x0[6:] = float("nan"), float("inf")
+    F.requires_grad_()
+    value = loss(x0, *views.matches[1:], F, valid=torch.tensor([True, False]))
+    assert torch.equal(value, expected)
+    (gradient,) = torch.autograd.grad(value, F)
+    assert bool(gradient[0].any())
+    assert not bool(gradient[1].any())
+    with pytest.raises(ValueError, match="finite"):
+        loss(x0, *views.matches[1:], F)
