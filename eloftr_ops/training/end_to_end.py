@@ -238,8 +238,8 @@ def _summed_up(
     if not bool(valid.any()):
         warnings.warn(
             f"no pair of this batch determines a model (matches per pair: {counts.tolist()}); its loss teaches "
-            "nothing. Lower the matcher's threshold or the learning rate; EndToEndConfig(invalid='saturated') keeps such a "
-            "batch from looking perfect",
+            "nothing. Lower the matcher's threshold or the learning rate; EndToEndConfig(invalid='saturated') "
+            "keeps such a batch from looking perfect",
             RuntimeWarning,
             stacklevel=3,
         )
