@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -156,15 +157,23 @@ def test_the_command_writes_a_program_with_masks_and_two_sizes(
     assert got.keypoints0[got.valid][:, 1].max() < 40
 
 
-def test_a_program_of_any_size_and_batch(tmp_path: Path) -> None:
+def test_a_program_of_any_size_and_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving and loading are left to the other tests."""
+    programs: list[Any] = []
+
+    def write(program: torch.export.ExportedProgram, file: Path) -> export_check.Graph:
+        file.touch()
+        programs.append(program.module())
+        return exporting._by_name(programs[0])
+
+    monkeypatch.setitem(exporting._WRITERS, "torch-export", write)
     options = {"size": (64, 64), "batch": None, "max_matches": 60, "open_size": True}
     report = export(small_matcher(), tmp_path / "model.pt2", format="torch-export", **options)
     assert report.shared >= 0.995
-    loaded = torch.export.load(report.path).module()
     for batch, (height, width) in ((1, (64, 96)), (3, (128, 64))):
         image = random_images(batch, height, width, seed=3)
         with torch.no_grad():
-            got = StaticMatches(*loaded(image0=image, image1=0.95 * image))
+            got = StaticMatches(*programs[0](image0=image, image1=0.95 * image))
             expected = small_matcher().match_static(image, 0.95 * image, max_matches=60)
         assert_agrees(got, expected)
 
