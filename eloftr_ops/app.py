@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import ipaddress
-import socket
+import os
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from eloftr_ops.downloads import download, is_url
+from eloftr_ops.downloads import download, is_url, refuse_private
 from eloftr_ops.errors import ArgumentError, FileError
 from eloftr_ops.image_matches import INLIER_THRESHOLD, ImageMatches
 from eloftr_ops.images import read_image
@@ -206,17 +205,6 @@ def fetch(url: str, folder: Path, *, public: bool) -> Path:
     return path
 
 
-def refuse_private(url: str) -> None:
-    """Raises FileError where a host is not on the public internet."""
-    host = urlsplit(url).hostname or ""
-    try:
-        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
-    except (OSError, UnicodeError):
-        return  # the download says it in words
-    if any(not ipaddress.ip_address(address.split("%")[0]).is_global for address in found):
-        raise FileError(f"{url}: an address inside this server's network. Upload the image instead.")
-
-
 def require_gradio() -> Any:
     """The package gradio.
 
@@ -272,8 +260,9 @@ def build_app(matcher: PairMatcher, *, public: bool = False) -> Any:
         lines = gr.HTML(elem_id="lines")
         with gr.Row():
             laid = gr.Image(
-                label="image 0 warped onto image 1", interactive=False, elem_id="overlay", format="png"
-            )
+                label="image 0 warped onto image 1", interactive=False, elem_id="overlay", format="png",
+                buttons=["download", "fullscreen"],
+            )  # fmt: skip
             with gr.Column(scale=0, min_width=180):
                 downloads = [
                     gr.DownloadButton(f"Download {suffix}", interactive=False, elem_id=f"save-{suffix[1:]}")
@@ -378,8 +367,6 @@ def serve(
         ImportError: gradio is missing or too old.
         ArgumentError: weights, a device or a port that cannot be used.
     """
-    import os
-
     gr = require_gradio()
     host = host or os.environ.get("GRADIO_SERVER_NAME") or _LOCAL[0]
     page = build_app(PairMatcher(weights, device), public=host not in _LOCAL)

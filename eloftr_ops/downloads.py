@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import socket
 import threading
@@ -10,11 +11,12 @@ import urllib.error
 import urllib.request
 from http.client import HTTPException
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 from eloftr_ops._version import __version__
 from eloftr_ops.errors import FileError
 
-__all__ = ["MAX_BYTES", "MAX_REDIRECTS", "MAX_SECONDS", "download", "is_url"]
+__all__ = ["MAX_BYTES", "MAX_REDIRECTS", "MAX_SECONDS", "download", "is_url", "refuse_private"]
 
 MAX_BYTES = 64 * 2**20
 MAX_SECONDS = 30.0  # from the call to the last byte
@@ -25,6 +27,20 @@ _CHUNK = 2**16
 def is_url(text: str) -> bool:
     """Whether it names something on the web, not a file."""
     return re.match(r"https?://", text, re.IGNORECASE) is not None
+
+
+def refuse_private(url: str) -> None:
+    """Refuse a host inside the own network, for servers that download what others name.
+
+    Raises:
+        FileError: an address of the host is not on the public internet.
+    """
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(urlsplit(url).hostname or "", None)}
+    except (OSError, ValueError):
+        return  # no such host: the download says it in words
+    if any(not ipaddress.ip_address(address.split("%")[0]).is_global for address in found):
+        raise FileError(f"{url}: an address inside this server's network. Upload the image instead.")
 
 
 def download(
