@@ -116,6 +116,9 @@ def test_what_the_patch_does_not_have_is_refused(tmp_path: Path) -> None:
         build.relative("from eloftr_kernels import dispatch\n", "ops/a/cpu.py") == "from .. import dispatch\n"
     )
     assert build.relative("from eloftr_ops.model.fine import f\n", "matcher.py") == "from .fine import f\n"
+    build.check_imports({"a.py": "from .ops import b\n", "ops/__init__.py": "from ..a import c\n"})
+    with pytest.raises(ValueError, match=r"ops/a\.py: the patch has no file ops/b\.py"):
+        build.check_imports({"ops/a.py": "from .b import c\n"})
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="expected an empty folder or a new one"):
         build.build(tmp_path)

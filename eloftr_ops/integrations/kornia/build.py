@@ -6,7 +6,7 @@
 OUT/kornia/feature/efficient_loftr holds the model of this project with the PyTorch form of its ops, and
 OUT/tests/feature/test_efficient_loftr.py its tests, both to be copied over a clone of kornia. Nothing is written twice:
 the files come from the sources, with imports made relative. What kornia has no place for is left out: Triton kernels,
-engines for inference, the loaders of other weights.
+engines for inference, the loaders of other weights, matches that are drawn at random.
 """
 
 from __future__ import annotations
@@ -59,6 +59,16 @@ _CONSTRUCTOR = """\
             self.eval()
 
 """
+# Methods that need what kornia has no place for, and what the matcher imports for them alone.
+_LEFT_OUT = ("optimize_for_inference", "from_pretrained", "save_pretrained", "sample_matches")
+_UNUSED = (
+    r"_KORNIA_NAMES = .*\n",
+    r"import os\n",
+    r"(?<=GradientMode), WeightLayout",
+    r"(?<=match_cells), score_cells",
+    r"from eloftr_ops\.model\.sampling import .*\n",
+    r"    (?:SampledMatches|SampledPixels),\n",
+)
 _KORNIA = "from kornia.feature import LoFTR\n"
 _ARGUMENTS = """        config: architecture and matching parameters; the authors' model by default.
         fused: build the backbone with re-parameterised blocks (inference form).
@@ -97,7 +107,9 @@ def build(out: Path) -> list[Path]:
     texts["ops/dispatch.py"] = _used_of(ROOT / "kernels" / "eloftr_kernels" / "dispatch.py", texts)
     texts["matcher.py"] = _plain_module(texts["matcher.py"])
     texts |= {name: (HERE / "templates" / source).read_text() for name, source in TEMPLATES.items()}
-    written = [_write(out / FOLDER / name, relative(text, name)) for name, text in texts.items()]
+    texts = {name: relative(text, name) for name, text in texts.items()}
+    check_imports(texts)
+    written = [_write(out / FOLDER / name, text) for name, text in texts.items()]
     tests = (HERE / "templates" / "tests.py.in").read_text()
     written.append(_write(out / "tests" / "feature" / "test_efficient_loftr.py", tests))
     shutil.copy(HERE / "README.md", out / "README.md")
@@ -134,9 +146,21 @@ def relative(text: str, name: str) -> str:
     )
 
 
+def check_imports(texts: dict[str, str]) -> None:
+    """Raises ValueError where a file of the patch imports one that the patch does not have."""
+    for name, text in texts.items():
+        for dots, rest in re.findall(r"^\s*from (\.+)([\w.]*) import ", text, re.MULTILINE):
+            here = name.split("/")[:-1]
+            place = "/".join([*here[: len(here) - len(dots) + 1], *filter(None, rest.split("."))])
+            if not {f"{place}.py", f"{place}/__init__.py".lstrip("/")} & set(texts):
+                raise ValueError(
+                    f"{name}: the patch has no file {place}.py. Add it to SOURCES, or leave out its use."
+                )
+
+
 def _plain_module(text: str) -> str:
     """The matcher without what needs the rest of this project: its other engine, and its loaders of weights."""
-    for name in ("optimize_for_inference", "from_pretrained", "save_pretrained"):
+    for name in _LEFT_OUT:
         method = rf"(?:    @classmethod\n)?    def {name}\(.*?(?=\n    (?:@|def ))"
         text, count = re.subn(method, "", text, flags=re.DOTALL)
         if count != 1:
@@ -148,7 +172,7 @@ def _plain_module(text: str) -> str:
     end = text.index('    """', start)
     text = text[:start] + _ARGUMENTS + text[end:]
     text = text.replace(_KORNIA, "from kornia.feature.loftr.loftr import LoFTR\n")
-    for unused in (r"_KORNIA_NAMES = .*\n", r"import os\n", r"(?<=GradientMode), WeightLayout"):
+    for unused in _UNUSED:
         text = re.sub(unused, "", text)
     return text
 
