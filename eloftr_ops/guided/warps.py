@@ -76,7 +76,8 @@ class Source(NamedTuple):
 
     @staticmethod
     def of(image: Tensor, mask: Tensor | None, size_wh: tuple[int, int]) -> Source:
-        """An image (1, 1, H, W), and its mask (1, H, W)."""
+        """An image (1, 1, H, W), and its mask (1, H, W); half precision becomes float32, which places are told in."""
+        image = image if image.dtype is torch.float64 else image.float()
         levels = [image]
         while min(levels[-1].shape[-2:]) >= 64 and len(levels) < 6:
             levels.append(F.avg_pool2d(levels[-1], 2))

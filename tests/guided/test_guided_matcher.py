@@ -295,6 +295,19 @@ def test_inputs_are_checked(changes: dict[str, Any], message: str) -> None:
         GuidedMatcher(tiny_model())({**images, **changes})
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_of_half_precision_are_seen_in_float32(
+    small: EfficientLoFTR, photograph: Tensor, dtype: torch.dtype
+) -> None:
+    """Eight bits do not tell 320 places apart."""
+    image0 = photograph[..., :160, :160].to(dtype)
+    image1 = F.interpolate(image0.float(), (112, 160), mode="bilinear").to(dtype)
+    half = GuidedMatcher(small, "normal").match(image0, image1)
+    single = GuidedMatcher(small, "normal").match(image0.float(), image1.float())
+    assert single.reports[0].looks > 1
+    assert torch.equal(half.keypoints1, single.keypoints1)
+
+
 def test_no_match_and_no_pair_give_empty_results() -> None:
     images = random_images(2, 64, 64)
     none = GuidedMatcher(Nothing(), "normal")({"image0": images[:1], "image1": images[1:]})
