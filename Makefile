@@ -12,7 +12,7 @@ demo: $(VENV)/.installed ## match the bundled pair; writes out/matches.npz and o
 	$(BIN)/eloftr-ops demo --output-dir out
 
 test: $(VENV)/.installed-dev ## lint, types, docs, tests; beside each other
-	$(MAKE) --jobs 3 --output-sync=target lint docs tests
+	$(MAKE) --no-print-directory --jobs 3 --output-sync=target lint docs tests
 
 # Two processes of two threads each would wait for one another. What a file prepares once is prepared in one process.
 tests: $(VENV)/.installed-dev
