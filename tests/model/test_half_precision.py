@@ -21,17 +21,18 @@ def model() -> EfficientLoFTR:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shared", "close"), [(torch.float16, 0.99, 0.95), (torch.bfloat16, 0.97, 0.9)]
+    ("dtype", "size", "shared", "close"),
+    [(torch.float16, 96, 0.99, 0.95), (torch.bfloat16, 192, 0.97, 0.9)],  # a CPU takes its time over float16
 )
 def test_the_authors_model_under_autocast(
-    model: EfficientLoFTR, dtype: torch.dtype, shared: float, close: float
+    model: EfficientLoFTR, dtype: torch.dtype, size: int, shared: float, close: float
 ) -> None:
-    same = image("image0", 0)
+    same = image("image0", 0)[..., :size, :size]
     with torch.no_grad():
         truth = model({"image0": same, "image1": same})
         with torch.autocast("cpu", dtype):
             found = model({"image0": same, "image1": same})
-    assert len(truth["confidence"]) > 500
+    assert len(truth["confidence"]) > 50
     share = shares(found, truth)
     assert share.shared >= shared
     assert share.close >= close
