@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from eloftr_ops import match_images
-from eloftr_ops.guided import EFFORTS
+from eloftr_ops.efforts import EFFORTS
 
 _SIZE = 640
 _RIGHT = 2.0  # pixels

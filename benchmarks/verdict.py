@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from eloftr_ops import match_images
+from eloftr_ops.efforts import EFFORTS, Effort
 from eloftr_ops.geometry import verification
-from eloftr_ops.guided import EFFORTS, Effort
 
 MODELS = ("homography", "fundamental")
 

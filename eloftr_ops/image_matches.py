@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-    from eloftr_ops.geometry.verification import Effort, Verdict
+    from eloftr_ops.efforts import Effort
+    from eloftr_ops.geometry.verification import Verdict
     from eloftr_ops.match_page import MatchPage
 
 __all__ = ["INLIER_THRESHOLD", "ImageMatches", "TwoViewModel"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,15 @@ from torch import Tensor
 
 from eloftr_ops.checks import MIN_SIZE
 from eloftr_ops.config import check_choice
+from eloftr_ops.efforts import Effort
 from eloftr_ops.errors import ArgumentError, FileError
-from eloftr_ops.guided import Effort, GuidedMatcher
 from eloftr_ops.image_matches import ImageMatches, TwoViewModel
 from eloftr_ops.images import ImageSource, LoadedImage, load_image
 from eloftr_ops.matchers import Matcher, checked_matcher, choose_device, device_of, kept_matcher, load_matcher
 from eloftr_ops.tiles import match_tiles
+
+if TYPE_CHECKING:
+    from eloftr_ops.guided import GuidedMatcher
 
 __all__ = [
     "ImageMatches",
@@ -100,6 +103,8 @@ def match_images(
         matcher = checked_matcher(weights, device, threshold)
     names = (_name("image0", image0), _name("image1", image1))
     if guided:
+        from eloftr_ops.guided import GuidedMatcher  # OpenCV is not loaded for one look
+
         looking = GuidedMatcher(matcher, effort, size=resize or None, seconds=seconds)
         return _match_guided(looking, *pair, names, threshold, max_matches)
     if tile and max(*pair[0].size_wh, *pair[1].size_wh) > (resize or DEFAULT_RESIZE):

@@ -24,7 +24,7 @@ from eloftr_ops.cli.common import (
     reported_mistakes,
 )
 from eloftr_ops.cli.matching import EffortChoice
-from eloftr_ops.guided import Effort, GuidedMatcher
+from eloftr_ops.efforts import Effort
 from eloftr_ops.io import FileError, check_output
 from eloftr_ops.matching import DEFAULT_WEIGHTS, choose_device, load_matcher
 from eloftr_ops.wording import describe_device
@@ -194,7 +194,7 @@ def _evaluate_and_report(
     details = {**asdict(run), "threshold": matcher.config.threshold, "hardware": describe_device(resolved)}
     details["resize"] = pairs.options.resize
     details["shorter_side"] = pairs.options.shorter_side
-    looking = GuidedMatcher(matcher, run.effort) if run.effort != "fast" else matcher
+    looking = matcher if run.effort == "fast" else _guided(matcher, run.effort)
     result, trouble = _collected(run, pairs, config, looking, resolved)
     if output is not None:  # before anything is printed: its reader may be gone
         result.write(output, details)
@@ -207,6 +207,12 @@ def _evaluate_and_report(
         raise UsageError(
             f"none of the {result.chosen} pairs could be evaluated; the first: {result.failures[0].reason}"
         )
+
+
+def _guided(matcher: Any, effort: Effort) -> Any:
+    from eloftr_ops.guided import GuidedMatcher
+
+    return GuidedMatcher(matcher, effort)
 
 
 def _collected(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from eloftr_ops.config import check_choice
+from eloftr_ops.efforts import Effort
 from eloftr_ops.geometry.consensus import estimate_robust
 
-__all__ = ["EFFORTS", "Effort", "Verdict", "related", "shows_parallax"]
+__all__ = ["Verdict", "related", "shows_parallax"]
 
-Effort = Literal["fast", "normal", "thorough"]  # how often a pair is looked at: see eloftr_ops.guided
-EFFORTS: tuple[Effort, ...] = get_args(Effort)
 
 ACCEPTED_CHANCE = 0.005  # half of what is promised: the tails come from few pairs
 LEAST_CHANCE = 1e-6  # far below what 300 pairs can tell

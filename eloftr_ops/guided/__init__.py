@@ -2,6 +2,5 @@
 """Guided re-matching: match, warp the images so that they look alike, match again; search where little is found."""
 
 from eloftr_ops.guided.matcher import GuidedMatcher, GuidedMatches, LookReport
-from eloftr_ops.guided.strategy import EFFORTS, Effort
 
-__all__ = ["EFFORTS", "Effort", "GuidedMatcher", "GuidedMatches", "LookReport"]
+__all__ = ["GuidedMatcher", "GuidedMatches", "LookReport"]

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from eloftr_ops.checks import MIN_SIZE
 from eloftr_ops.config import check_choice
+from eloftr_ops.efforts import Effort
 from eloftr_ops.errors import ArgumentError
 from eloftr_ops.guided.looks import Found, Look, Setting
 from eloftr_ops.guided.merge import merged
 from eloftr_ops.guided.runner import Runner
-from eloftr_ops.guided.strategy import Chain, Effort, Plan, plan
+from eloftr_ops.guided.strategy import Chain, Plan, plan
 from eloftr_ops.guided.warps import Source
 
 __all__ = ["GuidedMatcher", "GuidedMatches", "LookReport"]

@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import NamedTuple
 
-from eloftr_ops.geometry.verification import EFFORTS, Effort
+from eloftr_ops.efforts import Effort
 from eloftr_ops.guided.looks import Found, Look, Setting, Support, support_of
 from eloftr_ops.guided.straighten import differs, straightened
 from eloftr_ops.guided.views import stages
 from eloftr_ops.guided.warps import scaling
 
-__all__ = ["EFFORTS", "Chain", "Effort", "Plan", "plan"]
+__all__ = ["Chain", "Plan", "plan"]
 
 _STRAIGHTENED = {"fast": 0, "normal": 2, "thorough": 3}  # times, after the first look
 _STRAIGHTENED_HINT = 3  # times, after a simulated view, which shows less

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -71,6 +70,8 @@ def _peaks(points: Array, weights: Array, radius: float) -> Array:
     columns, rows = np.floor(points).astype(np.int64).T
     added = np.zeros((height, width), np.float32)
     np.add.at(added, (rows, columns), weights)
+    import cv2  # not loaded by commands that need none of this
+
     heat: npt.NDArray[Any] = cv2.GaussianBlur(
         added, (0, 0), max(0.5, radius / 2), borderType=cv2.BORDER_CONSTANT
     )
