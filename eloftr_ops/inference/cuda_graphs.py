@@ -99,7 +99,7 @@ class CudaGraphs:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a matcher records for itself."""
-        return CudaGraphs, (self.limit, self.off)
+        return CudaGraphs, (self.limit, self.off), {"at_once": self.at_once}
 
     def why_not(self, device: torch.device) -> str | None:
         """Why a matcher on ``device`` runs without, as half a sentence; None where it captures."""

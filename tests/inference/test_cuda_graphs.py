@@ -362,12 +362,14 @@ def test_the_record_of_somebody_else_is_left_alone() -> None:
 
 
 def test_copies_record_for_themselves() -> None:
-    pair = Pair()
+    pair = Pair(limit=3)
     pair.assert_same(images())
+    pair.fast.cuda_graphs.at_once = False
     for copied in (copy.deepcopy(pair.fast), pickle.loads(pickle.dumps(pair.fast))):
         assert isinstance(copied.cuda_graphs, CudaGraphs)
         assert copied.cuda_graphs is not pair.fast.cuda_graphs
         assert len(copied.cuda_graphs) == 0
+        assert (copied.cuda_graphs.limit, copied.cuda_graphs.at_once) == (3, False)
         expected, got = pair.plain(images()), copied(images())
         assert all(torch.equal(got[name], value) for name, value in expected.items())
     pair.assert_same(images(1))
