@@ -66,12 +66,12 @@ def nearest_anchor(anchors: Array, points: Array, radius: float) -> Indexes:
 
 def _peaks(points: Array, weights: Array, radius: float) -> Array:
     """The mean of the points near each place of the grid whose blurred weight is the highest within ``radius``."""
+    import cv2  # not loaded by commands that need none of this
+
     height, width = (int(side) + 1 for side in np.floor(points.max(0)[::-1]))
     columns, rows = np.floor(points).astype(np.int64).T
     added = np.zeros((height, width), np.float32)
     np.add.at(added, (rows, columns), weights)
-    import cv2  # not loaded by commands that need none of this
-
     heat: npt.NDArray[Any] = cv2.GaussianBlur(
         added, (0, 0), max(0.5, radius / 2), borderType=cv2.BORDER_CONSTANT
     )
