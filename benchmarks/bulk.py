@@ -28,9 +28,7 @@ from eloftr_ops.reconstruction.pairs import list_images
 
 def main() -> None:
     """Print the medians and their ratio."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--resize", type=int, default=640)

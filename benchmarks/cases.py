@@ -28,9 +28,7 @@ def _cases(
     )
 
 
-def _uneven(
-    preset: str, cells0: tuple[int, int], cells1: tuple[int, int], batch: int = 2
-) -> tuple[KernelCase, ...]:
+def _uneven(preset: str, cells0: tuple[int, int], cells1: tuple[int, int], batch: int = 2) -> tuple[KernelCase, ...]:
     """Sizes that are no multiple of the tiles, with masks where the op takes them."""
     return tuple(
         KernelCase(
@@ -71,9 +69,7 @@ class PairCase(NamedTuple):
     entries: tuple[str, ...]  # names in MATCHERS; none: all of the suite
     repeats: int
     batch: int = 1
-    warm: bool = (
-        True  # an untimed run first; the largest cases go without, after smaller ones of the same code
-    )
+    warm: bool = True  # an untimed run first; the largest cases go without, after smaller ones of the same code
     alike: bool = False  # the image with itself, where random weights find many matches too
     channels: int = 0  # of a convolution
 

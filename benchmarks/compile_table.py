@@ -193,8 +193,7 @@ def _row(kernel: Any, names: tuple[str, str, str, str, str]) -> Compiled:
 def _most(row: Compiled, before: Compiled) -> Compiled:
     """A kernel that is launched twice, as for the two sides: what either may need."""
     needs = {
-        name: max(getattr(row, name), getattr(before, name))
-        for name in ("warps", "registers", "spilled", "shared")
+        name: max(getattr(row, name), getattr(before, name)) for name in ("warps", "registers", "spilled", "shared")
     }
     return row._replace(**needs, occupancy=min(row.occupancy, before.occupancy))
 
@@ -220,9 +219,7 @@ def _resources(asm: dict[str, Any]) -> tuple[int, int]:
     if "amdgcn" in asm:
         found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", asm["amdgcn"]))
         return int(found["vgpr_count"]), 4 * int(found["vgpr_spill_count"])
-    usage = {
-        key: int(value) for key, value in re.findall(r"(\w+):(\d+)", _cuobjdump(asm, "--dump-resource-usage"))
-    }
+    usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", _cuobjdump(asm, "--dump-resource-usage"))}
     # Local memory and stack hold what the registers cannot.
     return usage["REG"], usage.get("LOCAL", 0) + usage.get("STACK", 0)
 
@@ -242,9 +239,7 @@ def _dump(asm: dict[str, Any], folder: Path, name: str) -> None:
     """Write the code of a kernel; one that is launched in several variants gets a number for each."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = (
-        {"amdgcn": asm["amdgcn"]}
-        if "amdgcn" in asm
-        else {"ptx": asm["ptx"], "sass": _cuobjdump(asm, "--dump-sass")}
+        {"amdgcn": asm["amdgcn"]} if "amdgcn" in asm else {"ptx": asm["ptx"], "sass": _cuobjdump(asm, "--dump-sass")}
     )
     stems = (name if index == 1 else f"{name}-{index}" for index in itertools.count(1))
     stem = next(stem for stem in stems if not any((folder / f"{stem}.{kind}").exists() for kind in texts))

@@ -110,9 +110,7 @@ def errors(model: str, found: Tensor, data: Problems) -> Tensor:
             reduction="none",
         )
     turn = rotation_angle(found[:, :3, :3], data.truth[:, :3, :3])
-    return torch.rad2deg(
-        torch.maximum(turn, translation_direction_angle(found[:, :3, 3], data.truth[:, :3, 3]))
-    )
+    return torch.rad2deg(torch.maximum(turn, translation_direction_angle(found[:, :3, 3], data.truth[:, :3, 3])))
 
 
 class Line(NamedTuple):
@@ -128,9 +126,7 @@ def measured(model: str, backend: str, wrong: float, arguments: argparse.Namespa
     """Run one estimator on all problems of one share of wrong matches."""
     found, seconds = [], 0.0
     for start in range(0, arguments.problems, BATCH):
-        data = problems(
-            model, BATCH, arguments.matches, wrong, noise=arguments.noise, seed=arguments.seed + start
-        )
+        data = problems(model, BATCH, arguments.matches, wrong, noise=arguments.noise, seed=arguments.seed + start)
         cameras = {"K0": data.K, "K1": data.K} if model == "pose" else {}
         began = time.process_time()
         estimate = estimate_robust(
@@ -163,15 +159,11 @@ class GradientLine(NamedTuple):
     milliseconds_backward: float
 
 
-def differentiated(
-    model: str, wrong: float, refine_steps: int, arguments: argparse.Namespace
-) -> GradientLine:
+def differentiated(model: str, wrong: float, refine_steps: int, arguments: argparse.Namespace) -> GradientLine:
     """Differentiate the expected error of every problem."""
     finite, expected, forward, backward = True, [], 0.0, 0.0
     for start in range(0, arguments.problems, BATCH):
-        data = problems(
-            model, BATCH, arguments.matches, wrong, noise=arguments.noise, seed=arguments.seed + start
-        )
+        data = problems(model, BATCH, arguments.matches, wrong, noise=arguments.noise, seed=arguments.seed + start)
         cameras = {"K0": data.K, "K1": data.K} if model == "pose" else {}
         x0, x1 = data.keypoints0.requires_grad_(), data.keypoints1.requires_grad_()
         weights = torch.ones_like(x0[:, 0]).requires_grad_()

@@ -61,9 +61,7 @@ def homography_cases() -> list[Case]:
         Case("coordinates in the thousands", many + 4000.0, mapped + 6000.0, True),
         Case("one outlier at 1e5", many, outlier, True),
         Case("points across the horizon", across, apply_homography(steep[None], across[None])[0], True),
-        Case(
-            "collinear", line * torch.tensor([10.0, 5.0]) + 3.0, line * torch.tensor([7.0, 9.0]) + 1.0, False
-        ),
+        Case("collinear", line * torch.tensor([10.0, 5.0]) + 3.0, line * torch.tensor([7.0, 9.0]) + 1.0, False),
         Case("3 points, repeated", many[:3].repeat(4, 1), mapped[:3].repeat(4, 1), False),
         Case("3 distinct points of 8", mostly, mostly + 5.0, False),
         Case("one point, repeated", spot, spot + 3.0, False),
@@ -75,9 +73,7 @@ def fundamental_cases() -> list[Case]:
     """Return point sets that are hard for a fundamental matrix estimator."""
     generator = torch.Generator().manual_seed(1)
     K = torch.tensor([[500.0, 0.0, 320.0], [0.0, 500.0, 240.0], [0.0, 0.0, 1.0]])
-    X = torch.rand(20, 3, generator=generator) * torch.tensor([4.0, 3.0, 4.0]) + torch.tensor(
-        [-2.0, -1.5, 4.0]
-    )
+    X = torch.rand(20, 3, generator=generator) * torch.tensor([4.0, 3.0, 4.0]) + torch.tensor([-2.0, -1.5, 4.0])
     noise = torch.randn(20, 2, generator=generator)
     cosine, sine = math.cos(0.1), math.sin(0.1)
     R = torch.tensor([[cosine, 0.0, sine], [0.0, 1.0, 0.0], [-sine, 0.0, cosine]])

@@ -121,9 +121,7 @@ def main() -> None:
     print(table(record))
 
 
-def run(
-    variant: str, options: argparse.Namespace, tuning: list[Tensor], held_out: list[Tensor]
-) -> dict[str, Any]:
+def run(variant: str, options: argparse.Namespace, tuning: list[Tensor], held_out: list[Tensor]) -> dict[str, Any]:
     """Tune a fresh copy of the start as ``variant`` says and measure it."""
     torch.manual_seed(options.seed)
     model = EfficientLoFTR.from_pretrained(options.weights)
@@ -308,8 +306,7 @@ def _homography_errors(batch: HomographyBatch, points: Points, confidence: Tenso
         estimate = homography_from_matches(*points, batch_size=count, weights=confidence, robust=kernel)
         found.insert(0, (estimate.H_0to1, estimate.valid))
     return [
-        torch.where(valid, corner_error_loss(H, batch.H_0to1, size, reduction="none"), torch.inf)
-        for H, valid in found
+        torch.where(valid, corner_error_loss(H, batch.H_0to1, size, reduction="none"), torch.inf) for H, valid in found
     ]
 
 
@@ -351,15 +348,11 @@ def _fingerprint(model: EfficientLoFTR) -> str:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, help="folder of photographs")
     parser.add_argument("--task", choices=list(THRESHOLDS), default="homography")
     parser.add_argument("--change", choices=list(CHANGES), default="blur", help="of the look of image 1")
-    parser.add_argument(
-        "--variants", nargs="*", default=None, help="reward, end_to_end, hard, soft, supervised"
-    )
+    parser.add_argument("--variants", nargs="*", default=None, help="reward, end_to_end, hard, soft, supervised")
     parser.add_argument("--rates", nargs="*", default=[], metavar="VARIANT=RATE", help="learning rates")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=4)
@@ -371,9 +364,7 @@ def _options() -> argparse.Namespace:
         "--neighbourhood", type=int, default=1, help="cells of the coarse expectation that is tuned through"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--weights", default="small", help="start, as EfficientLoFTR.from_pretrained takes it"
-    )
+    parser.add_argument("--weights", default="small", help="start, as EfficientLoFTR.from_pretrained takes it")
     parser.add_argument("--validate", action="store_true", help="measure on training photographs")
     parser.add_argument("--models", type=Path, default=None, help="folder for the tuned weights")
     parser.add_argument("--json", type=Path, default=None)

@@ -41,9 +41,7 @@ HEAD = [
     "seconds",
 ]
 _KEY = 5  # the first columns say which row it is
-NOTE = (
-    "Seconds of the export, its check included, on a machine busy with other work: compare nothing with them."
-)
+NOTE = "Seconds of the export, its check included, on a machine busy with other work: compare nothing with them."
 
 
 def main() -> None:
@@ -100,9 +98,7 @@ def cells(report: ExportReport, key: list[str], rows: int, counted: int | None) 
 def rows_of(page: str) -> list[list[str]]:
     """The rows between the markers, without the head."""
     lines = page.partition(BEGIN)[2].partition(END)[0].splitlines()
-    found = [
-        [cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line.startswith("| ")
-    ]
+    found = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line.startswith("| ")]
     return [row for row in found[2:] if len(row) == len(HEAD)]
 
 

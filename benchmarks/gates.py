@@ -113,9 +113,7 @@ def hold_features(got: Tensor, truth: Tensor, dtype: str) -> None:
 def hold_agreement(shared: float) -> None:
     """Raise Disagreement unless nearly all matches are shared."""
     if not shared >= LEAST_AGREEMENT:
-        raise Disagreement(
-            f"matches: {shared:.1%} are shared with the plain way, expected {LEAST_AGREEMENT:.0%}"
-        )
+        raise Disagreement(f"matches: {shared:.1%} are shared with the plain way, expected {LEAST_AGREEMENT:.0%}")
 
 
 def agreement(got: dict[str, Tensor], truth: dict[str, Tensor]) -> float:

@@ -271,9 +271,7 @@ def _environment(wheels: Path | None) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the checks; 1 if any step failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: proves that the script runs")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of logs and records")

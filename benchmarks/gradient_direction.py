@@ -95,9 +95,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shares = (0.2, 0.4, 0.6)
     columns = [(share, near) for near in (None, 8.0) for share in shares]
-    names = [
-        f"{100 * share:.0f} %{'' if near is None else f', {near:.0f} px off'}" for share, near in columns
-    ]
+    names = [f"{100 * share:.0f} %{'' if near is None else f', {near:.0f} px off'}" for share, near in columns]
     print(f"| estimator | {' | '.join(names)} |\n|---|" + "---|" * len(columns))
     for name, loss in LOSSES.items():
         cells = [

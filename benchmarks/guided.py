@@ -65,15 +65,11 @@ def opened(paths: Sequence[Path]) -> list[Image.Image]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     bundled = Path(str(resources.files("eloftr_ops") / "assets" / "demo_0.jpg"))
     parser.add_argument("--photo", type=Path, nargs="+", default=[bundled])
     parser.add_argument("--threads", type=int)
-    parser.add_argument(
-        "--changes", nargs="+", default=_CHANGES, help="for instance 'turned by 45' 'reduced 2'"
-    )
+    parser.add_argument("--changes", nargs="+", default=_CHANGES, help="for instance 'turned by 45' 'reduced 2'")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -44,9 +44,7 @@ class OpEntry(NamedTuple):
     """A contender: whose, what it needs, which cases it does, how it is built and held."""
 
     owner: str
-    build: Callable[
-        [KernelCase, torch.device], Function
-    ]  # named arguments in, a tuple out; raises Unavailable
+    build: Callable[[KernelCase, torch.device], Function]  # named arguments in, a tuple out; raises Unavailable
     packages: tuple[str, ...] = ()
     applies: Callable[[KernelCase, str, torch.device], bool] = lambda case, mode, device: True
     graph: bool = False  # captured once as a CUDA graph, then replayed
@@ -173,9 +171,7 @@ def add_entry(description: str, op: str) -> str:
     if not (name and equals and module_name and colon and attribute):
         raise ValueError(f"--contender: expected name=module:function, got {description!r}.")
     if name in ENTRIES:
-        raise ValueError(
-            f"--contender: expected a new name, got {name!r}. These are taken: {', '.join(ENTRIES)}."
-        )
+        raise ValueError(f"--contender: expected a new name, got {name!r}. These are taken: {', '.join(ENTRIES)}.")
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

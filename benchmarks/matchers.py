@@ -90,9 +90,7 @@ def load(name: str, context: Context) -> Matcher:
     return entry.build(entry, context)
 
 
-def images(
-    size: tuple[int, int], batch: int, device: torch.device, *, alike: bool = False
-) -> tuple[Tensor, Tensor]:
+def images(size: tuple[int, int], batch: int, device: torch.device, *, alike: bool = False) -> tuple[Tensor, Tensor]:
     """The bundled photograph and its warp, or itself, (B, 1, H, W) each, resized."""
     from eloftr_ops.io import demo_pair
 
@@ -102,9 +100,7 @@ def images(
     return first.repeat(batch, 1, 1, 1).to(device), second.repeat(batch, 1, 1, 1).to(device)
 
 
-def gate(
-    name: str, matcher: Matcher, size: tuple[int, int], context: Context, *, alike: bool = False
-) -> float | None:
+def gate(name: str, matcher: Matcher, size: tuple[int, int], context: Context, *, alike: bool = False) -> float | None:
     """Hold a matcher to the plain float32 model of its preset on a small pair; returns the share of common matches.
 
     Raises:
@@ -244,9 +240,7 @@ def _onnxruntime(entry: MatcherEntry, context: Context) -> Matcher:
                 export(plain_model(entry.preset), file, size=size, max_matches=math.prod(size) // 64)
             settings = onnxruntime.SessionOptions()
             settings.intra_op_num_threads = torch.get_num_threads()
-            sessions[size] = onnxruntime.InferenceSession(
-                str(file), settings, providers=["CPUExecutionProvider"]
-            )
+            sessions[size] = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
         return sessions[size]
 
     def match(a: Tensor, b: Tensor) -> dict[str, Tensor]:

@@ -198,9 +198,7 @@ def _tensors(outputs: Any) -> Outputs:
 def _attention_layer(x: Tensor, mask: Tensor | None = None, **rest: Any) -> Tensor:
     """Self-attention on ``x``, then the update: what a layer of the transformer is."""
     update = {name: rest.pop(name) for name in ("expand_weight", "contract_weight")}
-    norms = {
-        name.removeprefix("update_"): rest.pop(name) for name in ("update_norm_weight", "update_norm_bias")
-    }
+    norms = {name.removeprefix("update_"): rest.pop(name) for name in ("update_norm_weight", "update_norm_bias")}
     message = _aggregated_attention(x, x, mask=mask, source_mask=mask, **rest)
     return _upsample_mlp(x, message, **update, **norms, mask=mask)
 
@@ -400,9 +398,7 @@ OPS: dict[str, Op] = {
         modes=(FORWARD,),
         indices=True,
     ),
-    "window_match": Op(
-        _window_arguments, outputs=("pixel0", "pixel1", "subpixel1"), modes=(FORWARD,), **_WINDOW
-    ),
+    "window_match": Op(_window_arguments, outputs=("pixel0", "pixel1", "subpixel1"), modes=(FORWARD,), **_WINDOW),
     "window_match soft": Op(  # with the expectations that training needs
         lambda draw: _window_arguments(draw, soft=1.0),
         outputs=("pixel0", "pixel1", "subpixel1", "expected0", "expected1"),

@@ -57,9 +57,7 @@ class Row:
 
 def main() -> None:
     """Print a table, and write it as JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path)
     parser.add_argument("--split", default="dev")
     parser.add_argument("--scene", nargs="*", help="of the index; default: all of the split")
@@ -82,9 +80,7 @@ def main() -> None:
             _measure(row, images, work / contender, true_poses(of_scene), arguments.threads)
             rows.append(row)
             print(json.dumps(dataclasses.asdict(row)), flush=True)
-            (arguments.work / "rows.json").write_text(
-                json.dumps([dataclasses.asdict(r) for r in rows], indent=1)
-            )
+            (arguments.work / "rows.json").write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
 
 
 def true_poses(pairs: list[dict[str, Any]]) -> dict[str, Array]:

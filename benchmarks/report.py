@@ -73,9 +73,7 @@ def write_page(results: Path, docs: Path) -> Path:
     """
     paths = [path for suite in record.SUITES for path in sorted(results.glob(f"{suite}--*.json"))]
     if not paths:
-        raise ValueError(
-            f"{results}: expected records, found none; run python -m benchmarks.run SUITE --json."
-        )
+        raise ValueError(f"{results}: expected records, found none; run python -m benchmarks.run SUITE --json.")
     (docs / "images").mkdir(parents=True, exist_ok=True)
     lines = [_INTRODUCTION]
     for path in paths:
@@ -103,9 +101,7 @@ def section(stored: dict[str, Any], stem: str, images: Path) -> list[str]:
         "",
     ]
     limits = [
-        f"{_LIMITS[name][0]} {value / 1e9:.4g} {_LIMITS[name][1]}"
-        for name, value in stored["limits"].items()
-        if value
+        f"{_LIMITS[name][0]} {value / 1e9:.4g} {_LIMITS[name][1]}" for name, value in stored["limits"].items() if value
     ]
     lines += [f"Limits measured in the same run: {', '.join(limits)}.", ""] if limits else []
     for title, name in _plots(stored, stem, images):
@@ -124,16 +120,12 @@ def case_table(case: dict[str, Any]) -> list[str]:
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "contender": lambda row: row["name"],
         "median (quartiles)": _times,
-        "pairs/s": lambda row: (
-            f"{row['pairs'] / row['median_s']:.3g}" if row["median_s"] and row["pairs"] > 1 else ""
-        ),
+        "pairs/s": lambda row: f"{row['pairs'] / row['median_s']:.3g}" if row["median_s"] and row["pairs"] > 1 else "",
         _against(case): lambda row: _units(row, base) if case["measure"] == HOST else _speed(row, base),
         "peak memory": lambda row: _bytes(row["peak_bytes"]),
         "of the limit": lambda row: _share(row["limit_fraction"]),
         "matches": lambda row: "" if row["matches"] is None else str(row["matches"]),
-        "shared with plain float32": lambda row: (
-            "" if row["agreement"] is None else f"{row['agreement']:.1%}"
-        ),
+        "shared with plain float32": lambda row: "" if row["agreement"] is None else f"{row['agreement']:.1%}",
     }
     cells = [[show(row) for show in columns.values()] for row in case["rows"]]
     used = [i for i in range(len(columns)) if i < 2 or any(line[i] for line in cells)]
@@ -171,9 +163,7 @@ def row_time(seconds: float) -> str:
     """Three digits with a unit."""
     for unit, scale in (("s", 1.0), ("ms", 1e3)):
         if seconds * scale >= 1:
-            return (
-                f"{seconds * scale:.3g} {unit}" if seconds * scale < 100 else f"{seconds * scale:.0f} {unit}"
-            )
+            return f"{seconds * scale:.3g} {unit}" if seconds * scale < 100 else f"{seconds * scale:.0f} {unit}"
     return f"{seconds * 1e6:.3g} µs"
 
 
@@ -201,9 +191,7 @@ def _plots(stored: dict[str, Any], stem: str, images: Path) -> Iterator[tuple[st
             title = f"{measure}: speed against the eager reference (right is faster)"
             _draw_speeds(speeds_by_case, title, images / name)
             yield title, name
-    pairs = [
-        case for case in cases if case["group"] == "pair" and all(row["pairs"] == 1 for row in case["rows"])
-    ]
+    pairs = [case for case in cases if case["group"] == "pair" and all(row["pairs"] == 1 for row in case["rows"])]
     stages = [case for case in cases if case["group"] == "curve"]
     for title, chosen, field, scale, label in (
         ("Seconds per pair against pixels", pairs, "median_s", 1.0, "s"),
@@ -230,9 +218,7 @@ def _series(cases: list[dict[str, Any]], field: str) -> dict[str, list[tuple[flo
 def _speeds(case: dict[str, Any]) -> dict[str, float]:
     base = next((row["median_s"] for row in case["rows"] if row["name"] == case["baseline"]), None)
     return {
-        row["name"]: base / row["median_s"]
-        for row in case["rows"]
-        if base and row["median_s"] and not _is_floor(row)
+        row["name"]: base / row["median_s"] for row in case["rows"] if base and row["median_s"] and not _is_floor(row)
     }
 
 

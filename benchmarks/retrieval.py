@@ -23,9 +23,7 @@ from eloftr_ops.reconstruction.retrieval import describe_images, nearest_pairs
 
 def main() -> None:
     """Print a table, one row per number of neighbours."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path)
     parser.add_argument("--resize", type=int, default=640)
     parser.add_argument("--neighbours", type=int, nargs="*", default=[5, 10, 20, 40])

@@ -60,9 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bad = 0
         for suite in options.suites:
             result = _run_suite(suite, context, deadline, options)
-            bad += sum(
-                row["status"] in ("refused", "failed") for case in result["cases"] for row in case["rows"]
-            )
+            bad += sum(row["status"] in ("refused", "failed") for case in result["cases"] for row in case["rows"])
     return int(bad > 0)
 
 
@@ -77,9 +75,7 @@ def _interpreter(options: argparse.Namespace) -> Iterator[None]:
         yield
     finally:
         if wanted:
-            os.environ.pop("TRITON_INTERPRET") if before is None else os.environ.update(
-                TRITON_INTERPRET=before
-            )
+            os.environ.pop("TRITON_INTERPRET") if before is None else os.environ.update(TRITON_INTERPRET=before)
 
 
 def _chosen(suite: str, context: Context, options: argparse.Namespace) -> list[Benchmark]:
@@ -87,17 +83,14 @@ def _chosen(suite: str, context: Context, options: argparse.Namespace) -> list[B
     return [
         benchmark
         for benchmark in SUITES[suite](context)
-        if (not options.only or options.only in benchmark.key)
-        and (not options.op or options.op == benchmark.group)
+        if (not options.only or options.only in benchmark.key) and (not options.op or options.op == benchmark.group)
     ]
 
 
 def _run_suite(suite: str, context: Context, deadline: float, options: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     result = _empty_record(suite, context)
-    print(
-        f"# {suite} on {result['device']['name']}, {result['dtype']}, {result['environment']['threads']} threads"
-    )
+    print(f"# {suite} on {result['device']['name']}, {result['dtype']}, {result['environment']['threads']} threads")
     if suite in ("kernels", "matcher"):
         result["limits"] |= machine_limits(context.device, DTYPES[context.dtype], quick=context.quick)
     for benchmark in _chosen(suite, context, options):
@@ -163,17 +156,11 @@ def _print_peak(suite: str, peak_of: list[str], context: Context) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="+", choices=record.SUITES, metavar="|".join(record.SUITES))
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: fp16 on a GPU, fp32 on a CPU")
-    parser.add_argument(
-        "--json", action="store_true", help="write benchmarks/results/<suite>--<device>--<dtype>.json"
-    )
+    parser.add_argument("--json", action="store_true", help="write benchmarks/results/<suite>--<device>--<dtype>.json")
     parser.add_argument("--output", type=Path, default=record.RESULTS, help="folder for --json")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: measures nothing")
     parser.add_argument("--profile", action="store_true", help="print where each contender's time goes")

@@ -39,9 +39,7 @@ def wall(folder: Path) -> np.ndarray:
             if image.width >= 1536 and image.height >= 864 and len(pictures) < 16:
                 pictures.append(np.array(image.convert("L").resize((1536, 1024), Image.Resampling.BICUBIC)))
     if len(pictures) < 16:
-        raise SystemExit(
-            f"{folder}: expected 16 photographs of at least 1536 x 864 pixels, got {len(pictures)}."
-        )
+        raise SystemExit(f"{folder}: expected 16 photographs of at least 1536 x 864 pixels, got {len(pictures)}.")
     return np.vstack([np.hstack(pictures[4 * row : 4 * row + 4]) for row in range(4)])
 
 
@@ -67,9 +65,7 @@ def measured(folder: Path, way: str) -> dict[str, float]:
     corners = torch.tensor([[[0.0, 0], [SIZE[0], 0], [0, SIZE[1]], list(SIZE)]], dtype=torch.float64)
     shift = torch.inf
     if found is not None:
-        shift = (
-            (apply_homography(found[None], corners) - apply_homography(truth, corners)).norm(dim=-1).mean()
-        )
+        shift = (apply_homography(found[None], corners) - apply_homography(truth, corners)).norm(dim=-1).mean()
     return {
         "matches": len(matches),
         "median_px": float(np.median(errors)),
@@ -81,9 +77,7 @@ def measured(folder: Path, way: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--way", choices=list(WAYS), help="this one alone, in this process")
     options = parser.parse_args()

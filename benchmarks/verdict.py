@@ -92,12 +92,8 @@ def called_related(pairs: list[dict[str, float]], tails: dict[str, tuple[float, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--photos", type=Path, required=True, help="folder of images that show different things"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, required=True, help="folder of images that show different things")
     parser.add_argument("--pairs", type=Path, nargs="*", default=[], help="JSON files of pairs that overlap")
     parser.add_argument("--cache", type=Path, required=True, help="folder to keep matches in")
     parser.add_argument("--unrelated", type=int, default=300, help="pairs drawn from the photos")
@@ -111,9 +107,7 @@ def main() -> None:
     photos = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in (".jpg", ".png"))
     drawn = random.Random(0).sample(list(itertools.combinations(photos, 2)), options.unrelated)
     drawn = [pair for pair in drawn if frozenset(path.name for path in pair) not in same]
-    unrelated = [
-        log10_nfas(kept_matches(pair, options.resize, options.effort, options.cache)) for pair in drawn
-    ]
+    unrelated = [log10_nfas(kept_matches(pair, options.resize, options.effort, options.cache)) for pair in drawn]
     tails = {model: tail([pair[model] for pair in unrelated]) for model in MODELS}
     for model, (start, slope) in tails.items():
         print(f"tail of {model}: ({start:.2f}, {slope:.2f})")
@@ -125,9 +119,7 @@ def main() -> None:
         for fitted, counted in (halves, halves[::-1])
     ]
     count = sum(map(sum, crossed))
-    print(
-        f"  with the tail of one half, in the other: {count} of {len(unrelated)} ({count / len(unrelated):.1%})"
-    )
+    print(f"  with the tail of one half, in the other: {count} of {len(unrelated)} ({count / len(unrelated):.1%})")
 
     outcomes: list[tuple[bool, int]] = []
     for index in options.pairs:

@@ -56,9 +56,7 @@ class View(NamedTuple):
 
     page: str  # HTML
     words: str
-    overlay: (
-        _Picture | None
-    )  # (H, W, 3): image 0 warped onto image 1, half and half; None without a homography
+    overlay: _Picture | None  # (H, W, 3): image 0 warped onto image 1, half and half; None without a homography
     files: list[Path]  # of the matches: .npz, .json, .csv
 
 
@@ -77,9 +75,7 @@ class PairMatcher:
         self._matcher: EfficientLoFTR = load_matcher(weights, device)
         self.threshold = float(self._matcher.config.threshold)
         probabilities = self._matcher.config.score == "dual_softmax"
-        self.limits = (
-            (min(_LEAST, self.threshold), 1.0) if probabilities else (self.threshold, 4 * self.threshold)
-        )
+        self.limits = (min(_LEAST, self.threshold), 1.0) if probabilities else (self.threshold, 4 * self.threshold)
         self._matcher.config = self._matcher.config.replace(threshold=self.limits[0])
 
     def match(self, path0: str | None, path1: str | None, resize: int = DEFAULT_RESIZE) -> ImageMatches:
@@ -253,9 +249,7 @@ def build_app(matcher: PairMatcher, *, public: bool = False) -> Any:
                 ("fundamental matrix", "fundamental"),
             ]
             model = gr.Radio(models, value="homography", label="outliers of", elem_id="model")
-            least = gr.Slider(
-                low, high, matcher.threshold, step=0.01, label="least confidence", elem_id="least"
-            )
+            least = gr.Slider(low, high, matcher.threshold, step=0.01, label="least confidence", elem_id="least")
         words = gr.Markdown(elem_id="words")
         lines = gr.HTML(elem_id="lines")
         with gr.Row():
@@ -284,9 +278,7 @@ def build_app(matcher: PairMatcher, *, public: bool = False) -> Any:
         run.click(match, [*images, size, least, model], [kept, *shown], concurrency_limit=1)
         for choice in (least, model):
             # While the slider moves, only its last position is drawn.
-            choice.change(
-                change, [kept, least, model], shown, show_progress="hidden", trigger_mode="always_last"
-            )
+            choice.change(change, [kept, least, model], shown, show_progress="hidden", trigger_mode="always_last")
     return page
 
 
@@ -300,9 +292,7 @@ def _image_input(gr: Any, side: int, public: bool) -> Any:
         )  # fmt: skip
         # Gradio would open the file and fail without words; the matcher reads it and says what is wrong.
         image.preprocess = lambda payload: None if payload is None else payload.path
-        link = gr.Textbox(
-            label="or its address", placeholder="https://...", max_lines=1, elem_id=f"link{side}"
-        )
+        link = gr.Textbox(label="or its address", placeholder="https://...", max_lines=1, elem_id=f"link{side}")
 
     fetched = gr.State(None, time_to_live=_SECONDS_KEPT)  # Gradio copies the file after this call
 

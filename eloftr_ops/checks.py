@@ -85,9 +85,7 @@ def check_range(name: str, image: Tensor, mask: Tensor | None) -> None:
     if not (low >= _LOWEST and high <= _HIGHEST):  # also false for NaN
         if low != low or high != high or abs(low) == float("inf") or abs(high) == float("inf"):
             raise ValueError(f"{name}: expected finite values in [0, 1], got NaN or infinity.")
-        raise ValueError(
-            f"{name}: expected values in [0, 1], got [{low:g}, {high:g}]. Scale the image, e.g. by 1/255."
-        )
+        raise ValueError(f"{name}: expected values in [0, 1], got [{low:g}, {high:g}]. Scale the image, e.g. by 1/255.")
 
 
 def acceptable_values(data: Mapping[str, Any], pair: PairInput) -> Tensor:
@@ -169,9 +167,7 @@ def check_pair(data: Any) -> None:
     for side in "01":
         if (f"image{side}" in data) == (f"features{side}" in data):
             which = "both" if f"image{side}" in data else "neither"
-            raise ValueError(
-                f'data: expected exactly one of "image{side}" and "features{side}", got {which}.'
-            )
+            raise ValueError(f'data: expected exactly one of "image{side}" and "features{side}", got {which}.')
         if f"mask{side}" in data and f"image{side}" not in data:
             raise ValueError(
                 f'mask{side}: expected together with "image{side}". Give the mask to extract_features instead.'
@@ -202,9 +198,7 @@ def checked_pair(
         pixels = check_image(f"image{side}", data[f"image{side}"], device)
         if data.get(f"mask{side}") is not None:
             shape = (pixels.shape[0], *pixels.shape[-2:])
-            mask = check_mask(
-                f"mask{side}", data[f"mask{side}"], f"image{side}", shape, device, values=values
-            )
+            mask = check_mask(f"mask{side}", data[f"mask{side}"], f"image{side}", shape, device, values=values)
         if values:
             check_range(f"image{side}", pixels, mask)
         sides.append(ImageInput(pixels, mask))
@@ -223,9 +217,7 @@ def check_max_matches(max_matches: Any, size0: tuple[int, ...], multiple: int) -
         raise TypeError(f"max_matches: expected an int, got {max_matches!r}.")
     height, width = (-(-side // multiple) * multiple // CELL for side in size0)
     if not 1 <= max_matches <= height * width:
-        raise ValueError(
-            f"max_matches: expected 1 to {height * width}, the coarse cells of image0, got {max_matches}."
-        )
+        raise ValueError(f"max_matches: expected 1 to {height * width}, the coarse cells of image0, got {max_matches}.")
 
 
 def check_same_batch(batch0: int, batch1: int) -> None:
@@ -243,9 +235,7 @@ def check_same_batch(batch0: int, batch1: int) -> None:
 
 def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(x.shape) != shape:
-        raise ValueError(
-            f"{name}: expected shape {shape}, got {tuple(x.shape)}. Extract the features with this model."
-        )
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}. Extract the features with this model.")
 
 
 def _check_map(name: str, x: Tensor, dtype: torch.dtype, *, values: bool) -> None:

@@ -115,9 +115,7 @@ class EfficientLoFTRConfig:
             )
         threshold = _number("threshold", self.threshold)
         if threshold != threshold or (self.score == "dual_softmax" and not 0 <= threshold <= 1):
-            raise ValueError(
-                f"threshold: expected a probability in [0, 1] with dual_softmax, got {threshold!r}."
-            )
+            raise ValueError(f"threshold: expected a probability in [0, 1] with dual_softmax, got {threshold!r}.")
 
     @property
     def coarse_channels(self) -> int:
@@ -150,9 +148,7 @@ class EfficientLoFTRConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(
-                f"Unknown configuration field(s) {', '.join(unknown)}; known: {', '.join(known)}."
-            )
+            raise ValueError(f"Unknown configuration field(s) {', '.join(unknown)}; known: {', '.join(known)}.")
         return cls(**dict(values))
 
     def to_dict(self) -> dict[str, Any]:

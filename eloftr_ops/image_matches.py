@@ -58,9 +58,7 @@ class ImageMatches:
     coarse: ImageMatches | None = None
     effort: Effort = "fast"
     looks: int = 1  # that were taken
-    views: tuple[str, ...] = (
-        "as they are",
-    )  # how the images were seen where the matches come from, in words
+    views: tuple[str, ...] = ("as they are",)  # how the images were seen where the matches come from, in words
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -71,9 +69,7 @@ class ImageMatches:
         if not len(self):
             return f"ImageMatches(no match, {sizes} pixels)"
         count = f"{len(self):,} match{'es' if len(self) > 1 else ''}"
-        low, middle, high = (
-            float(v) for v in (self.confidence.min(), self.confidence.median(), self.confidence.max())
-        )
+        low, middle, high = (float(v) for v in (self.confidence.min(), self.confidence.median(), self.confidence.max()))
         sure = f"confidence {low:.2f} to {high:.2f}, median {middle:.2f}"
         related = "related" if self.verdict.related else "not known to be related"
         return f"ImageMatches({count}, {sure}, {related}, {sizes} pixels)"
@@ -153,9 +149,7 @@ class ImageMatches:
         if backend is None:
             backend = "html" if is_page(path) else "matplotlib"
         found = None if model is None else self._model(model, threshold)
-        pictures = [
-            image.image if image.color is None else image.color for image in (self.image0, self.image1)
-        ]
+        pictures = [image.image if image.color is None else image.color for image in (self.image0, self.image1)]
         keypoints0, keypoints1 = self._shown_keypoints()
         inliers = None if found is None or found.matrix is None else found.inliers
         return draw_matches(
@@ -253,9 +247,7 @@ class ImageMatches:
         return not shows_parallax(*self._matched_keypoints(), F_0to1, H_0to1, threshold=threshold)
 
 
-def _robust_model(
-    model: str, threshold: float, keypoints0: Tensor, keypoints1: Tensor
-) -> tuple[Tensor | None, Tensor]:
+def _robust_model(model: str, threshold: float, keypoints0: Tensor, keypoints1: Tensor) -> tuple[Tensor | None, Tensor]:
     """The matrix (3, 3) between the frames of the keypoints, and the inliers (M,)."""
     from eloftr_ops.geometry import estimate_robust  # OpenCV is not loaded for anything else
 
@@ -268,9 +260,7 @@ def _between_originals(
     matrix: Tensor, model: str, scale0_xy: tuple[float, float], scale1_xy: tuple[float, float]
 ) -> Tensor:
     """The matrix between the images as matched, made one between the original images."""
-    up0, up1 = (
-        torch.diag(torch.tensor([*scale_xy, 1.0], dtype=torch.float64)) for scale_xy in (scale0_xy, scale1_xy)
-    )
+    up0, up1 = (torch.diag(torch.tensor([*scale_xy, 1.0], dtype=torch.float64)) for scale_xy in (scale0_xy, scale1_xy))
     if model == "homography":
         moved: Tensor = up1 @ matrix @ torch.linalg.inv(up0)
         return moved / torch.where(moved[2, 2] == 0, 1.0, moved[2, 2])  # OpenCV's and kornia's scale

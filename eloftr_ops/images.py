@@ -69,9 +69,7 @@ class LoadedImage(NamedTuple):
 
     def to_original(self, keypoints: Tensor) -> Tensor:
         """Keypoints (M, 2) of ``image`` in pixels of the original image; same dtype, differentiable."""
-        return (keypoints.double() * keypoints.new_tensor(self.scale_xy, dtype=torch.float64)).to(
-            keypoints.dtype
-        )
+        return (keypoints.double() * keypoints.new_tensor(self.scale_xy, dtype=torch.float64)).to(keypoints.dtype)
 
     def from_original(self, keypoints: Tensor) -> Tensor:
         """Keypoints (M, 2) of the original image in pixels of ``image``; float64."""
@@ -142,9 +140,7 @@ def read_image(
         return _decode(image, resize, color, upright=upright)
 
 
-def load_image(
-    name: str, source: ImageSource, *, resize: int | None = None, color: bool = True
-) -> LoadedImage:
+def load_image(name: str, source: ImageSource, *, resize: int | None = None, color: bool = True) -> LoadedImage:
     """An image of any kind as the matcher takes it; see :func:`read_image`.
 
     Convention:
@@ -328,9 +324,7 @@ def _resampled(
     return np.array(_resized(image, size_wh, box, turn), dtype=np.float32)
 
 
-def _resized(
-    image: Image.Image, size_wh: tuple[int, int], box: _Box, turn: Image.Transpose | None
-) -> Image.Image:
+def _resized(image: Image.Image, size_wh: tuple[int, int], box: _Box, turn: Image.Transpose | None) -> Image.Image:
     if image.size != size_wh or box != (0, 0, *size_wh):
         image = image.resize(size_wh, Image.Resampling.BICUBIC, box)
     return image if turn is None else image.transpose(turn)

@@ -70,9 +70,7 @@ def check_output(path: str | os.PathLike[str], suffixes: Sequence[str]) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
-        raise FileError(
-            f"{path}: expected a name that ends in {', '.join(suffixes)}, got {path.suffix or 'none'}."
-        )
+        raise FileError(f"{path}: expected a name that ends in {', '.join(suffixes)}, got {path.suffix or 'none'}.")
     try:
         if path.is_dir():
             raise FileError(f"{path}: expected a file to write, got a folder.")
@@ -171,9 +169,7 @@ def write_matches(
 def _array(
     name: str, values: Tensor | npt.NDArray[Any], shape: tuple[int, ...], dtype: type[np.generic] = np.float32
 ) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = (
-        values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    )
+    array: npt.NDArray[Any] = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if array.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {array.shape}. Every match has one row.")
     return array.astype(dtype)

@@ -70,9 +70,7 @@ def choose_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def kept_matcher(
-    weights: str | os.PathLike[str], device: str | torch.device, threshold: float | None
-) -> Matcher:
+def kept_matcher(weights: str | os.PathLike[str], device: str | torch.device, threshold: float | None) -> Matcher:
     """A matcher made before from the same weights, or a new one."""
     chosen = choose_device(device)
     key = (str(weights), _modified(weights), str(chosen), threshold)

@@ -176,9 +176,7 @@ def _match_in_tiles(
 ) -> ImageMatches:
     """A coarse pass, then both images at full size tile by tile."""
     start = time.perf_counter()
-    coarse = match_loaded(
-        matcher, image0.reduced(resize), image1.reduced(resize), names=names, threshold=threshold
-    )
+    coarse = match_loaded(matcher, image0.reduced(resize), image1.reduced(resize), names=names, threshold=threshold)
 
     def match(part0: LoadedImage, part1: LoadedImage) -> tuple[Tensor, Tensor, Tensor]:
         return _found(matcher, part0, part1, coarse.device)
@@ -278,9 +276,7 @@ def _kept(confidence: Tensor, threshold: float | None, max_matches: int | None) 
     return indexes
 
 
-def _check_numbers(
-    resize: int | None, threshold: float | None, max_matches: int | None, tile: int | None
-) -> None:
+def _check_numbers(resize: int | None, threshold: float | None, max_matches: int | None, tile: int | None) -> None:
     limits = (("resize", resize, 0), ("max_matches", max_matches, 1), ("tile", tile, _LEAST_TILE))
     for name, value, least in limits:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -321,8 +317,6 @@ def _masked(argument: str, loaded: LoadedImage, mask: Any) -> LoadedImage:
     seen = (values.reshape(1, 1, height, width) != 0).float()
     if loaded.size_wh != loaded.original_size_wh:
         size = (loaded.size_wh[1], loaded.size_wh[0])
-        seen = torch.nn.functional.interpolate(
-            seen, size, mode="bilinear", antialias=True, align_corners=False
-        )
+        seen = torch.nn.functional.interpolate(seen, size, mode="bilinear", antialias=True, align_corners=False)
     visible = seen[0] >= 0.5
     return loaded._replace(mask=visible if loaded.mask is None else visible & loaded.mask)

@@ -262,16 +262,10 @@ def _draw_lines(
     colors = mappable.to_rgba(np.full(len(segments), normalize.vmax) if scores is None else scores)
     kept = np.ones(len(segments), dtype=np.bool_) if good is None else good[drawn]
     # The most confident last, on top.
-    order = (
-        np.flatnonzero(kept)
-        if scores is None
-        else np.flatnonzero(kept)[np.argsort(scores[kept], kind="stable")]
-    )
+    order = np.flatnonzero(kept) if scores is None else np.flatnonzero(kept)[np.argsort(scores[kept], kind="stable")]
     bad = np.flatnonzero(~kept)
     axes.add_collection(LineCollection(list(segments[bad]), colors=_OUTLIER, linewidths=0.4, alpha=0.55))
-    axes.add_collection(
-        LineCollection(list(segments[order]), colors=list(colors[order]), linewidths=0.7, alpha=0.75)
-    )
+    axes.add_collection(LineCollection(list(segments[order]), colors=list(colors[order]), linewidths=0.7, alpha=0.75))
     for side in (0, 1):
         x, y = segments[:, side].T
         axes.scatter(x[bad], y[bad], s=2.5, color=_OUTLIER, linewidths=0, alpha=0.8, zorder=3)

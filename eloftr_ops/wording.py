@@ -18,11 +18,7 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return (
-        f"{device.type}, {threads} thread{'s' if threads > 1 else ''}"
-        if device.type == "cpu"
-        else device.type
-    )
+    return f"{device.type}, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
 
 
 def describe_inliers(matches: ImageMatches, model: str, threshold: float) -> str:

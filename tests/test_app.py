@@ -37,9 +37,7 @@ def matches_of_a_shift(count: int = 60) -> ImageMatches:
     wide = np.kron(generator.random((40, 50)), np.ones((4, 4))).astype(np.float32)
     pictures = wide[12:140, 12:172], wide[16:144, 3:163]
     loaded = [load_image("image", np.stack([picture] * 3, 2), resize=80) for picture in pictures]
-    points = (
-        torch.from_numpy(generator.random((count, 2)).astype(np.float32)) * torch.tensor([60.0, 50.0]) + 8
-    )
+    points = torch.from_numpy(generator.random((count, 2)).astype(np.float32)) * torch.tensor([60.0, 50.0]) + 8
 
     def matcher(_: dict[str, Any]) -> dict[str, torch.Tensor]:
         other = points + torch.tensor(MOVED) / 2
@@ -105,9 +103,7 @@ def test_matcher_reports_less_confident_matches_than_its_own_threshold(pair: tup
     torch.testing.assert_close(kept.keypoints0, plain.keypoints0)
 
 
-def test_mistakes_are_in_words_without_folders(
-    tmp_path: Path, pair: tuple[str, str], monkeypatch: Any
-) -> None:
+def test_mistakes_are_in_words_without_folders(tmp_path: Path, pair: tuple[str, str], monkeypatch: Any) -> None:
     put_for_pretrained(monkeypatch, EfficientLoFTR, EfficientLoFTR.from_pretrained("small").config)
     matcher = app.PairMatcher()
     with pytest.raises(FileError, match="Give two images"):

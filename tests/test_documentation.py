@@ -42,9 +42,7 @@ def test_the_python_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch:
 def _compare(printed: str, expected: str) -> None:
     """The same words, and numbers within 5 % or 0.05: machines differ in the few matches at the threshold."""
     assert _words(printed) == _words(expected)
-    values, claimed = (
-        [float(n.replace(",", "")) for n in NUMBER.findall(text)] for text in (printed, expected)
-    )
+    values, claimed = ([float(n.replace(",", "")) for n in NUMBER.findall(text)] for text in (printed, expected))
     assert values == pytest.approx(claimed, rel=0.05, abs=0.05)
 
 

@@ -44,9 +44,7 @@ def test_the_panorama_is_wider_than_its_images() -> None:
 
 def test_the_tracker_follows_a_moved_target() -> None:
     target = demo_pair()[0][..., :256, :320]
-    moved = kornia.geometry.warp_affine(
-        target, torch.tensor([[[1.0, 0.0, 24.0], [0.0, 1.0, 12.0]]]), target.shape[-2:]
-    )
+    moved = kornia.geometry.warp_affine(target, torch.tensor([[[1.0, 0.0, 24.0], [0.0, 1.0, 12.0]]]), target.shape[-2:])
     (found,) = _example("track").track(target, [moved])
     torch.testing.assert_close(found[:2, 2], torch.tensor([24.0, 12.0]), atol=0.5, rtol=0)
 

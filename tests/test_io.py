@@ -166,9 +166,7 @@ def test_pipes_are_refused_at_once_and_names_too_long_are_named(tmp_path: Path) 
         check_output(tmp_path / "pipe.npz", eio.MATCH_SUFFIXES)
 
 
-def test_a_folder_that_may_not_be_searched_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_may_not_be_searched_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:  # the superuser may search anywhere
         raise PermissionError(13, "Permission denied")
 
@@ -180,9 +178,7 @@ def test_a_folder_that_may_not_be_searched_is_one_line(
 @pytest.mark.parametrize("name", ["image.png", "image.tif"])
 def test_16_bit_gray_is_divided_by_65535(tmp_path: Path, name: str) -> None:
     pixels = random_pixels(HEIGHT, WIDTH, dtype=np.uint16)
-    np.testing.assert_allclose(
-        gray(saved(tmp_path, Image.fromarray(pixels), name)), pixels / 65535, atol=EXACT
-    )
+    np.testing.assert_allclose(gray(saved(tmp_path, Image.fromarray(pixels), name)), pixels / 65535, atol=EXACT)
 
 
 def test_32_bit_integers_with_a_16_bit_range_are_16_bit(tmp_path: Path) -> None:
@@ -253,9 +249,7 @@ def test_unknown_orientation_is_ignored(tmp_path: Path) -> None:
     pixels = random_pixels(HEIGHT, WIDTH)
     exif = Image.Exif()
     exif[0x0112] = 77
-    np.testing.assert_allclose(
-        gray(saved(tmp_path, Image.fromarray(pixels), exif=exif)), pixels / 255, atol=EXACT
-    )
+    np.testing.assert_allclose(gray(saved(tmp_path, Image.fromarray(pixels), exif=exif)), pixels / 255, atol=EXACT)
 
 
 # --- resizing and the frame ---
@@ -328,9 +322,7 @@ def test_size_and_scale_laws(width: int, height: int, resize: int) -> None:
     for small, large in zip(fitted, (width, height), strict=True):
         assert small == 1 or abs(small - large * max(fitted) / max(width, height)) <= 0.5 + 1e-9
     corner = torch.tensor([[0.0, 0.0], [float(fitted[0]), float(fitted[1])]])
-    torch.testing.assert_close(
-        loaded.to_original(corner), torch.tensor([[0.0, 0.0], [float(width), float(height)]])
-    )
+    torch.testing.assert_close(loaded.to_original(corner), torch.tensor([[0.0, 0.0], [float(width), float(height)]]))
 
 
 def test_to_original_keeps_dtype_gradient_and_emptiness() -> None:
@@ -343,9 +335,7 @@ def test_to_original_keeps_dtype_gradient_and_emptiness() -> None:
     assert loaded.to_original(torch.zeros(0, 2)).shape == (0, 2)
 
 
-@pytest.mark.parametrize(
-    ("resize", "error"), [(0, ValueError), (-5, ValueError), (2.5, TypeError), (True, TypeError)]
-)
+@pytest.mark.parametrize(("resize", "error"), [(0, ValueError), (-5, ValueError), (2.5, TypeError), (True, TypeError)])
 def test_resize_is_checked(tmp_path: Path, resize: object, error: type[Exception]) -> None:
     path = saved(tmp_path, Image.new("L", (WIDTH, HEIGHT)))
     with pytest.raises(error, match="resize: expected"):
@@ -402,9 +392,7 @@ def test_decompression_bombs_are_refused_and_half_of_one_is_read_silently(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     path = saved(tmp_path, Image.new("L", (WIDTH, HEIGHT)))
-    monkeypatch.setattr(
-        Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT - 1
-    )  # Pillow warns above, raises at twice this
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT - 1)  # Pillow warns above, raises at twice this
     assert gray(path).shape == (HEIGHT, WIDTH)
     assert not recwarn.list
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT // 2 - 1)
@@ -451,9 +439,7 @@ def some_matches(count: int) -> dict[str, torch.Tensor]:
 def test_npz_and_json_give_everything_back(tmp_path: Path, suffix: str, count: int) -> None:
     matches, path = some_matches(count), tmp_path / f"matches{suffix}"
     inliers, H = torch.arange(count) % 2 == 0, torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 1.0]]) / 3
-    write_matches(
-        path, **matches, size0_wh=(640, 480), size1_wh=(320, 240), inliers=inliers, matrices={"H_0to1": H}
-    )
+    write_matches(path, **matches, size0_wh=(640, 480), size1_wh=(320, 240), inliers=inliers, matrices={"H_0to1": H})
     read = dict(np.load(path)) if suffix.lower() == ".npz" else json.loads(path.read_text())
     for name, values in matches.items():
         array = np.asarray(read[name], dtype=np.float32).reshape(values.shape)
@@ -468,9 +454,7 @@ def test_npz_and_json_give_everything_back(tmp_path: Path, suffix: str, count: i
 @pytest.mark.parametrize("count", [0, 9])
 def test_csv_has_a_row_per_match(tmp_path: Path, count: int) -> None:
     matches, path = some_matches(count), tmp_path / "matches.csv"
-    write_matches(
-        path, **matches, size0_wh=(9, 9), size1_wh=(9, 9), inliers=torch.ones(count, dtype=torch.bool)
-    )
+    write_matches(path, **matches, size0_wh=(9, 9), size1_wh=(9, 9), inliers=torch.ones(count, dtype=torch.bool))
     header, *rows = csv.reader(path.read_text().splitlines())
     assert header == ["x0", "y0", "x1", "y1", "confidence", "inlier"]
     expected = torch.cat([matches["keypoints0"], matches["keypoints1"], matches["confidence"][:, None]], 1)
@@ -484,9 +468,7 @@ def test_arrays_and_tensors_with_gradient_are_written(tmp_path: Path) -> None:
     matches = some_matches(3)
     points = matches["keypoints0"].requires_grad_()
     path = tmp_path / "matches.npz"
-    write_matches(
-        path, points, matches["keypoints1"].numpy(), matches["confidence"], size0_wh=(9, 9), size1_wh=(9, 9)
-    )
+    write_matches(path, points, matches["keypoints1"].numpy(), matches["confidence"], size0_wh=(9, 9), size1_wh=(9, 9))
     np.testing.assert_array_equal(np.load(path)["keypoints0"], points.detach().numpy())
 
 

@@ -58,9 +58,7 @@ class Shown:
         return self
 
     def view(self) -> tuple[float, float, float]:
-        self.tab.evaluate(
-            "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
-        )
+        self.tab.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         scale, left, top = json.loads(self.tab.get_attribute("#view", "data-view"))
         return scale, left, top
 
@@ -151,9 +149,7 @@ def test_wheel_zooms_at_the_pointer_and_a_drag_moves(shown: Shown, tmp_path: Pat
     here = shown.place(0, POINTS0[3])
     shown.tab.mouse.move(*here)
     shown.tab.mouse.wheel(0, -500)
-    shown.tab.wait_for_function(
-        f"() => JSON.parse(document.getElementById('view').dataset.view)[0] > {scale * 1.5}"
-    )
+    shown.tab.wait_for_function(f"() => JSON.parse(document.getElementById('view').dataset.view)[0] > {scale * 1.5}")
     # Browsers round the pointer to whole pixels, here by half a pixel at most; twice as large, that is one.
     zoomed = shown.place(0, POINTS0[3])
     assert zoomed == pytest.approx(here, abs=0.6)

@@ -61,12 +61,8 @@ def test_the_embedded_weights_match_the_bundled_pair() -> None:
 @pytest.mark.parametrize("resize", [64, None, 0])
 def test_keypoints_are_in_pixels_of_the_images_as_given(resize: int | None) -> None:
     matches = match_images(photograph(96, 128), photograph(200, 100), Corners(), resize=resize)
-    torch.testing.assert_close(
-        matches.keypoints0, torch.tensor([[0.0, 0], [128, 0], [128, 96], [0, 96], [64, 48]])
-    )
-    torch.testing.assert_close(
-        matches.keypoints1, torch.tensor([[0.0, 0], [100, 0], [100, 200], [0, 200], [50, 100]])
-    )
+    torch.testing.assert_close(matches.keypoints0, torch.tensor([[0.0, 0], [128, 0], [128, 96], [0, 96], [64, 48]]))
+    torch.testing.assert_close(matches.keypoints1, torch.tensor([[0.0, 0], [100, 0], [100, 200], [0, 200], [50, 100]]))
 
 
 def test_every_kind_of_image_is_the_same_image(tmp_path: Path) -> None:
@@ -122,9 +118,7 @@ def test_threshold_and_max_matches_choose_by_confidence() -> None:
 def test_the_matcher_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
     load = eloftr_ops.EfficientLoFTR.from_pretrained
-    monkeypatch.setattr(
-        eloftr_ops.EfficientLoFTR, "from_pretrained", lambda name: made.append(name) or load(name)
-    )
+    monkeypatch.setattr(eloftr_ops.EfficientLoFTR, "from_pretrained", lambda name: made.append(name) or load(name))
     monkeypatch.setattr("eloftr_ops.matchers._MATCHERS", type(eloftr_ops.matchers._MATCHERS)())
     for threshold in (None, None, 0.5, None):
         match_images(photograph(), photograph(), threshold=threshold)
@@ -230,9 +224,7 @@ def test_the_package_imports_without_what_reads_images() -> None:
 def test_more_effort_matches_a_turned_image(tmp_path: Path) -> None:
     upright = Image.fromarray(photograph(192, 256)).convert("L")
     turned = upright.transpose(Image.Transpose.ROTATE_90)
-    once, again = (
-        match_images(upright, turned, resize=224, effort=effort) for effort in ("fast", "thorough")
-    )
+    once, again = (match_images(upright, turned, resize=224, effort=effort) for effort in ("fast", "thorough"))
     assert (once.looks, once.views) == (1, ("as they are",))
     assert again.looks > 1
     assert "image 1 turned by 90 degrees" in again.views

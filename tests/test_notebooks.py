@@ -28,9 +28,7 @@ def run(notebook: Path) -> tuple[dict[str, Any], list[Any]]:
         last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, f"{notebook.name}, cell {number}", "exec"), names)
         if isinstance(last, ast.Expr):
-            shown.append(
-                eval(compile(ast.Expression(last.value), f"{notebook.name}, cell {number}", "eval"), names)
-            )
+            shown.append(eval(compile(ast.Expression(last.value), f"{notebook.name}, cell {number}", "eval"), names))
     return names, shown
 
 

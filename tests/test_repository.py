@@ -85,9 +85,7 @@ def test_triton_is_imported_in_kernel_files_only() -> None:
     for path in _files():
         if not path.stem.startswith("kernel"):
             for node in _top_level(_tree(path).body):
-                modules = (
-                    [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-                )
+                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
                 assert not any(module.split(".")[0] == "triton" for module in modules), path
 
 

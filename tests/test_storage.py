@@ -33,9 +33,7 @@ def whole(loaded, models):
     return any(same_weights(loaded, m) and loaded.config == m.config for m in models)
 
 
-@pytest.mark.parametrize(
-    "layouts", [("eloftr_ops",) * 2, ("transformers",) * 2, ("transformers", "eloftr_ops")]
-)
+@pytest.mark.parametrize("layouts", [("eloftr_ops",) * 2, ("transformers",) * 2, ("transformers", "eloftr_ops")])
 def test_a_save_that_stops_between_its_two_files_is_never_loaded_as_a_mix(tmp_path, monkeypatch, layouts):
     models, folder = two_models(), tmp_path / "m"
     with warnings.catch_warnings():

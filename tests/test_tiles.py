@@ -41,9 +41,7 @@ class Reader:
     def __call__(self, part0: LoadedImage, part1: LoadedImage) -> tuple[Tensor, Tensor, Tensor]:
         self.largest = max(self.largest, *part0.size_wh, *part1.size_wh)
         local0 = grid(part0.size_wh)
-        local1 = apply_homography(self.H[None], (local0 + corner(part0, SIZE0))[None])[0] - corner(
-            part1, SIZE1
-        )
+        local1 = apply_homography(self.H[None], (local0 + corner(part0, SIZE0))[None])[0] - corner(part1, SIZE1)
         seen = inside(local1, part1.size_wh)
         return local0[seen].float(), local1[seen].float(), torch.linspace(0.5, 0.9, int(seen.sum()))
 

@@ -63,8 +63,7 @@ def test_outliers_are_red_thin_and_below() -> None:
 def test_colours_follow_confidence_on_one_scale() -> None:
     keypoints0, keypoints1, _ = some_matches(3)
     figures = [
-        draw_matches(IMAGE0, IMAGE1, keypoints0, keypoints1, torch.tensor(c))
-        for c in ([0.2, 0.5, 1.0], [0.5] * 3)
+        draw_matches(IMAGE0, IMAGE1, keypoints0, keypoints1, torch.tensor(c)) for c in ([0.2, 0.5, 1.0], [0.5] * 3)
     ]
     first, second = (lines(figure)[1].get_colors() for figure in figures)
     np.testing.assert_array_equal(first[1], second[0])  # 0.5 looks the same in both pictures
@@ -98,9 +97,7 @@ def test_those_drawn_are_spread_over_the_confidences() -> None:
 @pytest.mark.parametrize("count", [0, 1])
 def test_few_matches(tmp_path: Path, count: int) -> None:
     path = tmp_path / "out.png"
-    figure = draw_matches(
-        IMAGE0, IMAGE1, *some_matches(count), torch.ones(count, dtype=torch.bool), path=path
-    )
+    figure = draw_matches(IMAGE0, IMAGE1, *some_matches(count), torch.ones(count, dtype=torch.bool), path=path)
     assert figure.axes[0].get_title(loc="left").startswith(("no match", "1 match "))
     with Image.open(path) as picture:
         assert picture.size[0] > 1000

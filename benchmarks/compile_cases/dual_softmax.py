@@ -17,9 +17,7 @@ CELLS = 60 * 80
 def launch(shape: str, dtype: torch.dtype) -> None:
     """Run the launchers on meta tensors."""
     of_maps = torch.float32 if shape == "mixed" else dtype
-    features0, features1 = (
-        torch.empty(2, SHAPES[shape], CELLS, dtype=of_maps, device="meta").mT for _ in range(2)
-    )
+    features0, features1 = (torch.empty(2, SHAPES[shape], CELLS, dtype=of_maps, device="meta").mT for _ in range(2))
     masks = [torch.empty(2, CELLS, dtype=torch.bool, device="meta") for _ in range(2)]
     lse = launches.dual_softmax_lse_forward(features0, features1, 0.1, *masks, dtype)
     launches.dual_softmax_lse_backward(*lse, features0, features1, *lse, 0.1, *masks, dtype)

@@ -28,8 +28,4 @@ if __name__ == "__main__":
     moves = [torch.tensor([[[1.0, 0.02 * t, 6.0 * t], [0.0, 1.0, 3.0 * t]]]) for t in range(1, 4)]
     frames = [kornia.geometry.warp_affine(target, move, target.shape[-2:]) for move in moves]
     for homography in track(target, frames):
-        print(
-            "lost"
-            if homography is None
-            else f"moved by {[round(x, 1) for x in homography[:2, 2].tolist()]} px"
-        )
+        print("lost" if homography is None else f"moved by {[round(x, 1) for x in homography[:2, 2].tolist()]} px")

@@ -40,9 +40,7 @@ app.command("app")(app_command)
 
 @app.callback(invoke_without_command=True)
 def main(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
     """EfficientLoFTR: match images, train, evaluate and export matchers."""
     if version:

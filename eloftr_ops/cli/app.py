@@ -15,12 +15,8 @@ from eloftr_ops.matching import DEFAULT_WEIGHTS
 def app_command(
     weights: Weights = DEFAULT_WEIGHTS,
     device: Device = "auto",
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="The first free one from 7860 by default.")
-    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The first free one from 7860 by default.")] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
     threads: Threads = None,
 ) -> None:

@@ -17,9 +17,7 @@ from rich.text import Text
 
 from eloftr_ops.errors import ArgumentError, FileError
 
-Weights = Annotated[
-    str, typer.Option(help="'small' (embedded), a file, a folder or a Hugging Face repository.")
-]
+Weights = Annotated[str, typer.Option(help="'small' (embedded), a file, a folder or a Hugging Face repository.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a disk that takes no more
@@ -66,9 +64,7 @@ def reported_mistakes() -> Iterator[None]:
         message = f"standard output cannot be written: {error.strerror}."
     else:
         return
-    Console(stderr=True, highlight=False).print(
-        Text.assemble(("Error: ", "bold red"), message), soft_wrap=True
-    )
+    Console(stderr=True, highlight=False).print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
     raise typer.Exit(2)
 
 

@@ -159,14 +159,11 @@ def _opened(run: _Run, **settings: Any) -> tuple[LabelledPairs, EvaluationConfig
 
     defaults = asdict(DATASETS[run.dataset])
     settings = {
-        name: defaults[name] if value is None and name in defaults else value
-        for name, value in settings.items()
+        name: defaults[name] if value is None and name in defaults else value for name, value in settings.items()
     }
     try:
         config = EvaluationConfig(**settings)
-        pairs = open_pairs(
-            run.dataset, run.root, run.index, resize=run.resize, all_sequences=run.all_sequences
-        )
+        pairs = open_pairs(run.dataset, run.root, run.index, resize=run.resize, all_sequences=run.all_sequences)
     except FileError:
         raise
     except ValueError as error:
@@ -178,9 +175,7 @@ def _opened(run: _Run, **settings: Any) -> tuple[LabelledPairs, EvaluationConfig
     return pairs, config
 
 
-def _evaluate_and_report(
-    run: _Run, pairs: LabelledPairs, config: EvaluationConfig, output: Path | None
-) -> None:
+def _evaluate_and_report(run: _Run, pairs: LabelledPairs, config: EvaluationConfig, output: Path | None) -> None:
     console = Report()
     if run.threads is not None:
         torch.set_num_threads(run.threads)
@@ -251,9 +246,7 @@ def _with_progress(outcomes: Iterator[Any], count: int) -> Iterator[Any]:
             progress.advance(task)
 
 
-def _print_result(
-    console: Console, result: EvaluationResult, details: dict[str, Any], output: Path | None
-) -> None:
+def _print_result(console: Console, result: EvaluationResult, details: dict[str, Any], output: Path | None) -> None:
     totals = result.totals()
     tried = totals["evaluated"] + totals["failed"]
     print_line(console, "data set", f"{details['dataset']}, {result.chosen} of {result.available} pairs")
@@ -268,9 +261,7 @@ def _print_result(
     if result.pairs:
         seconds, median = totals["seconds_per_pair"], totals["seconds_per_pair_median"]
         print_line(console, "matches", f"{totals['matches_per_pair']:.1f} per pair")
-        print_line(
-            console, "time", f"{seconds:.3f} s per pair, median {median:.3f} s, on {details['hardware']}"
-        )
+        print_line(console, "time", f"{seconds:.3f} s per pair, median {median:.3f} s, on {details['hardware']}")
     for kind in ("pose", "homography"):
         if kind in totals:
             pixels = "original" if result.config.original_pixels else "matched"

@@ -44,9 +44,7 @@ _Size1 = typer.Option(help="HEIGHTxWIDTH of image 1; default: as --size.")
 _MaxMatches = typer.Option(help="Rows per pair, at most the 8 x 8 cells of image 0.")
 _Dtype = typer.Option(help="float16: the wide convolutions in float16.")
 _Batch = typer.Option(help="Pairs per call, or 'any' (onnx and torch-export).")
-_OpenSize = typer.Option(
-    "--open-size", help="torch-export: other sizes, too, multiples of 32, the same for both."
-)
+_OpenSize = typer.Option("--open-size", help="torch-export: other sizes, too, multiples of 32, the same for both.")
 _Masks = typer.Option("--masks", help="The graph takes mask0 and mask1, too.")
 
 

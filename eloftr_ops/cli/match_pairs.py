@@ -58,9 +58,7 @@ _Engine = typer.Option("--engine", help="local: this machine; ray: the workers o
 _Address = typer.Option(help="ray: of a running cluster; without it, one on this machine alone.")
 _Workers = typer.Option(min=1, help="ray: how many; one per GPU, or per CPU, by default.")
 _Npz = typer.Option(help="Folder for one .npz file per pair, too.")
-_Overwrite = typer.Option(
-    "--overwrite", help="Begin anew; without it, a run goes on where the last one ended."
-)
+_Overwrite = typer.Option("--overwrite", help="Begin anew; without it, a run goes on where the last one ended.")
 
 
 def match_pairs_command(

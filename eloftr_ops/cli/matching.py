@@ -49,12 +49,8 @@ class EffortChoice(enum.StrEnum):
 
 _Image = typer.Argument(help="Image file or http(s) URL.", show_default=False)
 _Output = typer.Option("--output", "-o", help="Write the matches: .npz, .json or .csv.")
-_Viz = typer.Option(
-    help="Write a picture (.png, .jpg, .webp, .pdf, .svg), or a page with a slider and zoom (.html)."
-)
-_Resize = typer.Option(
-    min=0, help="Reduce longer images to this long side, in pixels, to match them; 0: never."
-)
+_Viz = typer.Option(help="Write a picture (.png, .jpg, .webp, .pdf, .svg), or a page with a slider and zoom (.html).")
+_Resize = typer.Option(min=0, help="Reduce longer images to this long side, in pixels, to match them; 0: never.")
 _Threshold = typer.Option(help="Least confidence of a match; the weights' own by default.")
 _MaxMatches = typer.Option(min=1, help="Keep the most confident ones only.")
 _Model = typer.Option(help="Count the inliers of this model (OpenCV's MAGSAC++).")
@@ -164,9 +160,7 @@ def _write_and_print(
     none = "0: no match above the threshold; try a lower --threshold"
     print_line(console, "matches", f"{count}" if count else none)
     if matches.looks > 1:
-        print_line(
-            console, "looks", f"{matches.looks}; the matches come from: {', then '.join(matches.views)}"
-        )
+        print_line(console, "looks", f"{matches.looks}; the matches come from: {', then '.join(matches.views)}")
     print_line(console, "time", f"{matches.seconds:.2f} s on {describe_device(matches.device)}")
     if chosen is not None and count:
         inliers = describe_inliers(matches, chosen, inlier_threshold)
@@ -179,9 +173,7 @@ def _write_and_print(
     return console
 
 
-def _corner_error(
-    H: npt.NDArray[np.float64], truth: npt.NDArray[np.float64], size_wh: tuple[int, int]
-) -> float:
+def _corner_error(H: npt.NDArray[np.float64], truth: npt.NDArray[np.float64], size_wh: tuple[int, int]) -> float:
     """Mean distance, in image 1, between the corners of image 0 mapped by both homographies."""
     width, height = size_wh
     corners = np.array([[0, 0, 1], [width, 0, 1], [width, height, 1], [0, height, 1]], dtype=np.float64)

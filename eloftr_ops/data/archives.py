@@ -142,9 +142,7 @@ def _check_size(path: Path, size: int) -> None:
 
 def _read_array(member: IO[bytes]) -> npt.NDArray[Any]:
     version = np.lib.format.read_magic(member)
-    read_header = (
-        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    )
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, by_columns, dtype = read_header(member)
     if dtype.hasobject:
         array = np.asarray(_ArrayUnpickler(member).load(), dtype=object)

@@ -51,9 +51,7 @@ def read_textures(
     if not folder.is_dir():
         raise ValueError(f"folder: expected a folder of images, got {folder}.")
     if not 1 <= min_side <= max_side:
-        raise ValueError(
-            f"min_side, max_side: expected 1 <= min_side <= max_side, got {min_side} and {max_side}."
-        )
+        raise ValueError(f"min_side, max_side: expected 1 <= min_side <= max_side, got {min_side} and {max_side}.")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if max_images is not None and len(files) > max_images:
         files = sorted(random.Random(seed).sample(files, max_images))
@@ -61,13 +59,9 @@ def read_textures(
     textures = [texture for texture in read if isinstance(texture, Tensor)]
     problems = [problem for problem in read if isinstance(problem, str)]
     if problems:
-        warnings.warn(
-            f"{len(problems)} of {len(files)} images left out; the last: {problems[-1]}", stacklevel=2
-        )
+        warnings.warn(f"{len(problems)} of {len(files)} images left out; the last: {problems[-1]}", stacklevel=2)
     if not textures:
-        raise ValueError(
-            f"folder: expected at least one image with sides >= {min_side}, got none in {folder}."
-        )
+        raise ValueError(f"folder: expected at least one image with sides >= {min_side}, got none in {folder}.")
     return textures
 
 

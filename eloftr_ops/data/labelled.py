@@ -81,9 +81,7 @@ class PairOptions:
 
     def __post_init__(self) -> None:
         if self.resize is not None and self.resize < 1:
-            raise ValueError(
-                f"resize: expected at least 1 pixel, got {self.resize}. Pass None to keep the size."
-            )
+            raise ValueError(f"resize: expected at least 1 pixel, got {self.resize}. Pass None to keep the size.")
         if self.pad_to is not None and min(self.pad_to) < 1:
             raise ValueError(f"pad_to: expected a positive (height, width), got {self.pad_to}.")
         if self.min_overlap is not None and not 0 <= self.min_overlap < 1:
@@ -190,9 +188,7 @@ def assemble(
     name = f"{view0.path}, {view1.path}"
     image0, mask0, scale0, K0, depth0 = _read_view(view0, options)
     image1, mask1, scale1, K1, depth1 = _read_view(view1, options)
-    pair = ImagePair(
-        image0, image1, mask0, mask1, scale0.float(), scale1.float(), name, depth0=depth0, depth1=depth1
-    )
+    pair = ImagePair(image0, image1, mask0, mask1, scale0.float(), scale1.float(), name, depth0=depth0, depth1=depth1)
     if T_0to1 is not None:
         pair = pair._replace(K0=_float32(K0), K1=_float32(K1), T_0to1=_float32(checked_pose(T_0to1, name)))
     if H_0to1 is not None:
@@ -205,9 +201,7 @@ def assemble(
     if options.min_overlap is not None:
         shares = pair_overlap(pair)
         if shares is not None and min(shares) <= options.min_overlap:
-            raise FileError(
-                f"{name}: the images overlap by {min(shares):.3f}, not more than {options.min_overlap}."
-            )
+            raise FileError(f"{name}: the images overlap by {min(shares):.3f}, not more than {options.min_overlap}.")
     return pair
 
 
@@ -227,9 +221,7 @@ def collate_pairs(pairs: Sequence[ImagePair]) -> ImagePair:
         elif all(value is None for value in values):
             columns[field] = None
         elif any(value is None for value in values):
-            raise ValueError(
-                f"pairs: expected {field} in all pairs or in none. Do not mix data sets in a batch."
-            )
+            raise ValueError(f"pairs: expected {field} in all pairs or in none. Do not mix data sets in a batch.")
         elif len({value.shape for value in values}) > 1:
             shapes = sorted({tuple(value.shape) for value in values})
             raise ValueError(f"pairs: expected {field} of one shape, got {shapes}. Set resize and pad_to.")
@@ -250,13 +242,7 @@ def pair_overlap(pair: ImagePair) -> tuple[float, float] | None:
             share_by_homography(H, pair.mask0, pair.mask1),
             share_by_homography(torch.linalg.inv_ex(H).inverse, pair.mask1, pair.mask0),
         )
-    if (
-        pair.T_0to1 is None
-        or pair.depth0 is None
-        or pair.depth1 is None
-        or pair.K0 is None
-        or pair.K1 is None
-    ):
+    if pair.T_0to1 is None or pair.depth0 is None or pair.depth1 is None or pair.K0 is None or pair.K1 is None:
         return None
     T = pair.T_0to1
     return (
@@ -277,9 +263,7 @@ def _read_view(
     K = None
     if view.K is not None:
         labelled = view.labelled_size_wh or loaded.original_size_wh
-        K = np.diag([width / labelled[0], height / labelled[1], 1.0]) @ checked_intrinsics(
-            view.K, str(view.path)
-        )
+        K = np.diag([width / labelled[0], height / labelled[1], 1.0]) @ checked_intrinsics(view.K, str(view.path))
     scale = torch.tensor(loaded.scale_xy, dtype=torch.float64)
     if options.pad_to is None:
         return image, mask, scale, K, depth
@@ -336,8 +320,7 @@ def _resized_depth(view: View, original_wh: tuple[int, int], size_hw: tuple[int,
             f"{depth.shape} (height, width)."
         )
     rows, columns = (
-        torch.arange(size).add(0.5).mul(full / size).long()
-        for size, full in zip(size_hw, depth.shape, strict=True)
+        torch.arange(size).add(0.5).mul(full / size).long() for size, full in zip(size_hw, depth.shape, strict=True)
     )
     resized = torch.from_numpy(depth)[rows[:, None], columns]
     return torch.where(torch.isfinite(resized) & (resized > 0), resized, 0)

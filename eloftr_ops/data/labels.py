@@ -30,15 +30,9 @@ def checked_pose(T: npt.NDArray[np.float64], name: str) -> npt.NDArray[np.float6
     """
     T = np.asarray(T, dtype=np.float64)
     if T.shape != (4, 4) or not _finite(T):
-        raise FileError(
-            f"{name}: expected a finite 4 x 4 pose, got shape {T.shape} with finite={_finite(T)}."
-        )
+        raise FileError(f"{name}: expected a finite 4 x 4 pose, got shape {T.shape} with finite={_finite(T)}.")
     R = T[:3, :3]
-    if (
-        np.abs(R @ R.T - np.eye(3)).max() > 1e-2
-        or np.linalg.det(R) < 0
-        or not np.allclose(T[3], (0, 0, 0, 1))
-    ):
+    if np.abs(R @ R.T - np.eye(3)).max() > 1e-2 or np.linalg.det(R) < 0 or not np.allclose(T[3], (0, 0, 0, 1)):
         raise FileError(f"{name}: expected a rotation and a translation over (0, 0, 0, 1), got {T.tolist()}.")
     return T
 

@@ -73,15 +73,9 @@ class MegaDepthPairs(LabelledPairs):
             lengths = {name: len(array) for name, array in arrays.items()}
             raise FileError(f"{path}: expected arrays with one entry per image, got lengths {lengths}.")
         try:
-            chosen = [
-                (int(info[0][0]), int(info[0][1]))
-                for info in infos
-                if min_score < float(info[1]) <= max_score
-            ]
+            chosen = [(int(info[0][0]), int(info[0][1])) for info in infos if min_score < float(info[1]) <= max_score]
         except (TypeError, ValueError, IndexError) as error:
-            raise FileError(
-                f"{path}: expected pair_infos of ((i, j), score, ...), got {infos[:1]}."
-            ) from error
+            raise FileError(f"{path}: expected pair_infos of ((i, j), score, ...), got {infos[:1]}.") from error
         if chosen and not 0 <= np.min(chosen) <= np.max(chosen) < count:
             raise FileError(f"{path}: pair_infos names an image that is not among the {count} images.")
         self._pairs += [(len(self._scenes), i, j) for i, j in chosen]
@@ -118,9 +112,7 @@ class MegaDepthPairs(LabelledPairs):
         try:
             return np.asarray(self._scenes[scene][name][image], dtype=np.float64).reshape(shape)
         except (TypeError, ValueError) as error:
-            raise FileError(
-                f"{self._files[scene]}: {name}[{image}] is no matrix of shape {shape}."
-            ) from error
+            raise FileError(f"{self._files[scene]}: {name}[{image}] is no matrix of shape {shape}.") from error
 
 
 def _index_files(scene_info: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -107,9 +107,7 @@ class JsonPairs(LabelledPairs):
         if posed:
             return assemble(*views, self.options, T_0to1=_matrix(entry["T_0to1"], (4, 4), f"{place}: T_0to1"))
         H = _matrix(entry["H_0to1"], (3, 3), f"{place}: H_0to1")
-        return assemble(
-            *views, self.options, H_0to1=homography_from_integer_centers(H) if self._integer_centers else H
-        )
+        return assemble(*views, self.options, H_0to1=homography_from_integer_centers(H) if self._integer_centers else H)
 
     def _view(self, entry: dict[str, Any], side: str, place: str) -> View:
         path = self._root / str(entry[f"image{side}"])

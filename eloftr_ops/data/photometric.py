@@ -135,9 +135,7 @@ def _expose(images: torch.Tensor, generator: torch.Generator, config: Photometri
 
 def _light(images: torch.Tensor, generator: torch.Generator, config: PhotometricConfig) -> torch.Tensor:
     """Gain (B, 1, H, W): exp of a smooth random field, times a soft-edged wedge of shadow."""
-    coarse = torch.randn(
-        images.shape[0], 1, 4, 4, generator=generator, device=images.device, dtype=images.dtype
-    )
+    coarse = torch.randn(images.shape[0], 1, 4, 4, generator=generator, device=images.device, dtype=images.dtype)
     field = F.interpolate(coarse, size=(_FIELD, _FIELD), mode="bicubic", align_corners=True)
     gain = torch.exp(field * _rand(images, generator, 1, 1, 1) * config.illumination)
     axis = torch.linspace(-1, 1, _FIELD, device=images.device, dtype=images.dtype)

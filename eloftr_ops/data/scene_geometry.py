@@ -45,9 +45,7 @@ class Hits(NamedTuple):
     inverse_depth: Tensor  # (N, M), 0 where nothing is met
 
 
-def reproject(
-    points0: Tensor, depth: Tensor, K0: Tensor, K1: Tensor, T_0to1: Tensor
-) -> tuple[Tensor, Tensor]:
+def reproject(points0: Tensor, depth: Tensor, K0: Tensor, K1: Tensor, T_0to1: Tensor) -> tuple[Tensor, Tensor]:
     """Move image points with known depth to another image.
 
     Convention:
@@ -65,9 +63,7 @@ def reproject(
         Points (B, M, 2) of image 1 and their depths (B, M) in camera 1. Where that depth is not positive, the
         point is meaningless but finite. The gradient flows through both, finite.
     """
-    with torch.autocast(
-        points0.device.type, enabled=False
-    ):  # at eight bits the points would be off by pixels
+    with torch.autocast(points0.device.type, enabled=False):  # at eight bits the points would be off by pixels
         rays = F.pad(points0, (0, 1), value=1.0) @ torch.linalg.inv(K0).mT
         X1 = rays * depth[..., None] @ T_0to1[:, :3, :3].mT + T_0to1[:, None, :3, 3]
         projected = X1 @ K1.mT
@@ -82,18 +78,12 @@ def look(facets: Facets, K: Tensor, T: Tensor) -> Views:
     position = -(R.mT @ t[..., None])[:, None, :, 0]
     # Of two opposite faces of a box only the nearer one can face the camera.
     away = (facets.frames[:, single:, :, 2] - position).square().sum(-1)
-    faces = (
-        single
-        + 2 * torch.arange((count - single) // 2, device=T.device)
-        + away.unflatten(1, (-1, 2)).argmin(-1)
-    )
+    faces = single + 2 * torch.arange((count - single) // 2, device=T.device) + away.unflatten(1, (-1, 2)).argmin(-1)
     ids = torch.cat([torch.arange(single, device=T.device).expand(len(T), -1), faces], dim=1)
     rows = torch.arange(len(T), device=T.device)[:, None]
     u, v, centre = (R[:, None] @ facets.frames[rows, ids]).unbind(-1)
     centre = centre + t[:, None]
-    adjugate = torch.stack(
-        [torch.linalg.cross(v, centre), torch.linalg.cross(centre, u), torch.linalg.cross(u, v)], -2
-    )
+    adjugate = torch.stack([torch.linalg.cross(v, centre), torch.linalg.cross(centre, u), torch.linalg.cross(u, v)], -2)
     volume = (adjugate[..., 2, :] * centre).sum(-1)
     usable = facets.present[rows, ids] & (volume.abs() > 1e-9)
     inverse = torch.where(usable, 1 / torch.where(usable, volume, 1), 0)[..., None, None] * adjugate
@@ -114,9 +104,7 @@ def cast(views: Views, rays: Tensor) -> Hits:
     nearest, reach = rays.new_zeros(rays.shape[0], rays.shape[2]), torch.empty_like(rays[:, 0])
     facet = torch.zeros(nearest.shape, dtype=torch.uint8, device=rays.device)
     scaled, met = torch.empty_like(rays), torch.empty_like(nearest, dtype=torch.bool)
-    for number in range(
-        views.inverse.shape[1]
-    ):  # into the same buffers: fresh memory costs more than the sums
+    for number in range(views.inverse.shape[1]):  # into the same buffers: fresh memory costs more than the sums
         torch.matmul(views.inverse[:, number], rays, out=scaled)
         nearness = scaled[:, 2]
         torch.amax(scaled[:, :2].abs_(), dim=1, out=reach)

@@ -242,9 +242,7 @@ class ScenePairs:
         fitting = (sizes / (2 * frontal)).amin(-1, keepdim=True).clamp_min(self.config.zoom[0])
         reach = frontal * torch.minimum(zoom, fitting)
         margin = torch.where((2 * reach <= sizes).all(-1, keepdim=True), reach, 0)
-        places = torch.rand(
-            _PLACES, batch, count, 2, generator=generator, device=focal.device, dtype=torch.float64
-        )
+        places = torch.rand(_PLACES, batch, count, 2, generator=generator, device=focal.device, dtype=torch.float64)
         centre = self._first_with_content(texture, margin + (sizes - 2 * margin) * places, reach, sizes)
         return _Coats(texture, centre.float(), reach.float(), (1 - self.config.shading * u[1]).float())
 
@@ -279,9 +277,7 @@ class ScenePairs:
 
     def _sample(self, row: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Bilinear gray in [0, 1] of table rows (M,) at coordinates (M,) of the full textures, mirrored."""
-        width, height, reduction, full_width, full_height = (
-            side.index_select(0, row) for side in self._sides
-        )
+        width, height, reduction, full_width, full_height = (side.index_select(0, row) for side in self._sides)
         left, right, across = _neighbours(x, full_width, width, reduction)
         top, bottom, down = _neighbours(y, full_height, height, reduction)
         start, width = self._starts.index_select(0, row), width.long()
@@ -295,15 +291,11 @@ class ScenePairs:
 def pixel_centres(size_hw: tuple[int, int], device: torch.device) -> Tensor:
     """(H, W, 2) float32 (x, y) = (column + 0.5, row + 0.5)."""
     height, width = size_hw
-    y, x = torch.meshgrid(
-        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
-    )
+    y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
     return torch.stack([x, y], dim=-1) + 0.5
 
 
-def _neighbours(
-    position: Tensor, full: Tensor, side: Tensor, reduction: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _neighbours(position: Tensor, full: Tensor, side: Tensor, reduction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels of a reduced level on both sides of a coordinate of the full texture, and the weight of the second."""
     folded = position.remainder(2 * full)
     inner = torch.minimum(folded, 2 * full - folded).div_(reduction).sub_(0.5)
@@ -322,9 +314,7 @@ def _draw_cameras(
     """
     batch = len(facets.frames)
     base = torch.rand(1, batch, 8, generator=generator, device=generator.device, dtype=torch.float64)
-    draws = torch.rand(
-        config.tries, batch, 8, generator=generator, device=generator.device, dtype=torch.float64
-    )
+    draws = torch.rand(config.tries, batch, 8, generator=generator, device=generator.device, dtype=torch.float64)
     motion = draws * 2 - 1
     motion = torch.cat([motion, torch.stack([motion[-1] * factor for factor in _SHRINKS])])
     count = len(motion)
@@ -342,9 +332,7 @@ def _draw_cameras(
     return K, T
 
 
-def _camera(
-    base: Tensor, motion: Tensor, size_hw: tuple[int, int], config: SceneConfig
-) -> tuple[Tensor, Tensor]:
+def _camera(base: Tensor, motion: Tensor, size_hw: tuple[int, int], config: SceneConfig) -> tuple[Tensor, Tensor]:
     """Intrinsics and pose (N, ...) of cameras from draws (N, 8): the pair's in [0, 1], its own in [-0.5, 0.5]."""
     height, width = size_hw
     yaw = math.radians(config.yaw) * motion[:, 0] + 0.5 * (base[:, 0] - 0.5)

@@ -189,9 +189,7 @@ class HomographyPairs:
         placement[:, :2, 2] = offset
         return placement @ H
 
-    def _first_with_content(
-        self, index: torch.Tensor, quads: torch.Tensor, offsets: torch.Tensor
-    ) -> torch.Tensor:
+    def _first_with_content(self, index: torch.Tensor, quads: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Of offsets (B, K, 2) of quads (B, 4, 2), the first that shows detail, else the most detailed."""
         steps = (torch.arange(4, device=quads.device, dtype=quads.dtype) + 0.5) / 4
         across, down = torch.cartesian_prod(steps, steps)[..., None].unbind(1)  # (16, 1) each
@@ -293,7 +291,5 @@ def _sample_crop(
     factor = grid.new_tensor([2.0 / (x1 - x0), 2.0 / (y1 - y0)])
     shift = grid.new_tensor([-x0, -y0]) * factor - 1
     grid.mul_(factor / 2**level).add_(shift)
-    sampled = F.grid_sample(
-        crop[None, None], grid[None], mode="bilinear", padding_mode="border", align_corners=False
-    )
+    sampled = F.grid_sample(crop[None, None], grid[None], mode="bilinear", padding_mode="border", align_corners=False)
     out.copy_(sampled[0])

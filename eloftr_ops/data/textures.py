@@ -58,9 +58,7 @@ class PhotoTextures:
             names = ", ".join(p.name for p in broken[:5]) + (", ..." if len(broken) > 5 else "")
             warnings.warn(f"{len(broken)} photo(s) could not be read and are left out: {names}", stacklevel=2)
         if not images:
-            raise ValueError(
-                f"folder must hold a readable photo with sides >= {min_side}, got none in {folder}"
-            )
+            raise ValueError(f"folder must hold a readable photo with sides >= {min_side}, got none in {folder}")
         self.images = tuple(images)
         self.broken = tuple(broken)
 
@@ -116,9 +114,7 @@ def _octave_noise(generator: torch.Generator, count: int, size: int) -> torch.Te
     noise = torch.zeros(count, 1, size, size)
     for octave in range(2, int(math.log2(size)) + 1):
         coarse = torch.randn(count, 1, 2**octave, 2**octave, generator=generator)
-        noise += decay ** (octave - 2) * F.interpolate(
-            coarse, size=(size, size), mode="bilinear", align_corners=False
-        )
+        noise += decay ** (octave - 2) * F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False)
     noise = noise[:, 0]
     spread = noise.std(dim=(1, 2), keepdim=True).clamp_min(1e-6)
     return (0.5 + 0.2 * (noise - noise.mean(dim=(1, 2), keepdim=True)) / spread).clamp_(0, 1)
@@ -150,10 +146,7 @@ def _paint_polygons(pen: ImageDraw.ImageDraw, side: int, generator: torch.Genera
         n = 3 + int(corners * 4)
         angles = [2 * math.pi * (turn + k / n) for k in range(n)]
         reach = [radius * (0.4 + 0.6 * r) for r in radii[:n]]
-        points = [
-            (x * side + r * math.cos(a), y * side + r * math.sin(a))
-            for r, a in zip(reach, angles, strict=True)
-        ]
+        points = [(x * side + r * math.cos(a), y * side + r * math.sin(a)) for r, a in zip(reach, angles, strict=True)]
         pen.polygon(points, fill=int(gray * 255))
 
 

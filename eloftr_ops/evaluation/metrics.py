@@ -83,9 +83,7 @@ def auc(errors: Sequence[float], thresholds: Sequence[float]) -> list[float]:
     return areas
 
 
-def pose_errors(
-    T_0to1_estimated: Tensor, T_0to1: Tensor, *, least_baseline: float = _LEAST_BASELINE
-) -> PoseErrors:
+def pose_errors(T_0to1_estimated: Tensor, T_0to1: Tensor, *, least_baseline: float = _LEAST_BASELINE) -> PoseErrors:
     """Angles between an estimated relative pose and the true one.
 
     Convention:
@@ -120,9 +118,7 @@ def pose_errors(
         return PoseErrors(rotation, 0.0)
     if not t_estimated.any():
         return PoseErrors(rotation, 90.0)
-    return PoseErrors(
-        rotation, translation_direction_angle(t_estimated, t, ignore_sign=True).rad2deg().item()
-    )
+    return PoseErrors(rotation, translation_direction_angle(t_estimated, t, ignore_sign=True).rad2deg().item())
 
 
 def corner_error(H_0to1_estimated: Tensor, H_0to1: Tensor, size0_wh: tuple[int, int]) -> float:
@@ -242,9 +238,7 @@ def transfer_errors(keypoints0: Tensor, keypoints1: Tensor, H_0to1: Tensor) -> T
     """
     count = len(keypoints0)
     x0, x1 = _float64("keypoints0", keypoints0, (count, 2)), _float64("keypoints1", keypoints1, (count, 2))
-    distances: Tensor = (apply_homography(_float64("H_0to1", H_0to1, (3, 3))[None], x0[None])[0] - x1).norm(
-        dim=1
-    )
+    distances: Tensor = (apply_homography(_float64("H_0to1", H_0to1, (3, 3))[None], x0[None])[0] - x1).norm(dim=1)
     return distances
 
 

@@ -123,12 +123,8 @@ def measure_pair(
     """
     x0, x1 = keypoints0.detach().cpu().double(), keypoints1.detach().cpu().double()
     if not (x0.isfinite().all() and x1.isfinite().all()):
-        raise ValueError(
-            f"keypoints0, keypoints1: expected finite numbers, got NaN or infinity at {pair.name}."
-        )
-    scales = [
-        s.double() if config.original_pixels else torch.ones(2).double() for s in (pair.scale0, pair.scale1)
-    ]
+        raise ValueError(f"keypoints0, keypoints1: expected finite numbers, got NaN or infinity at {pair.name}.")
+    scales = [s.double() if config.original_pixels else torch.ones(2).double() for s in (pair.scale0, pair.scale1)]
     x0, x1 = x0 * scales[0], x1 * scales[1]
     S0, S1 = (torch.diag(torch.nn.functional.pad(scale, (0, 1), value=1.0)) for scale in scales)
     if pair.H_0to1 is not None:
@@ -140,9 +136,7 @@ def measure_pair(
         kind, measured = "homography", _homography_errors(x0, x1, H, (sizes[0], sizes[1]), config)
     elif pair.K0 is not None and pair.K1 is not None and pair.T_0to1 is not None:
         kind = "pose"
-        measured = _pose_errors(
-            x0, x1, S0 @ pair.K0.double(), S1 @ pair.K1.double(), pair.T_0to1.double(), config
-        )
+        measured = _pose_errors(x0, x1, S0 @ pair.K0.double(), S1 @ pair.K1.double(), pair.T_0to1.double(), config)
     else:
         raise ValueError(f"pair: expected H_0to1, or K0, K1 and T_0to1, got neither at {pair.name}.")
     return PairResult(index, str(pair.name), kind, len(x0), seconds, *measured)
@@ -151,9 +145,7 @@ def measure_pair(
 _Measured = tuple[dict[str, float], dict[str, list[float]]]
 
 
-def _pose_errors(
-    x0: Tensor, x1: Tensor, K0: Tensor, K1: Tensor, T: Tensor, config: EvaluationConfig
-) -> _Measured:
+def _pose_errors(x0: Tensor, x1: Tensor, K0: Tensor, K1: Tensor, T: Tensor, config: EvaluationConfig) -> _Measured:
     def error(order: Tensor) -> PoseErrors:
         estimate = estimate_pose(
             x0[order], x1[order], K0, K1, estimator=config.estimator, threshold=config.pose_threshold

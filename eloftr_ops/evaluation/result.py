@@ -161,9 +161,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _versions() -> dict[str, str]:
-    installed = {
-        name: cv2.__version__ if name == "opencv" else importlib.metadata.version(name) for name in _PACKAGES
-    }
+    installed = {name: cv2.__version__ if name == "opencv" else importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **installed}
 
 

@@ -111,9 +111,7 @@ def evaluate_pairs(
         seconds = time.perf_counter() - start
         keypoints0, keypoints1 = found["keypoints0"], found["keypoints1"]
         if config.max_matches is not None:
-            best = (
-                found["confidence"].argsort(descending=True, stable=True)[: config.max_matches].sort().values
-            )
+            best = found["confidence"].argsort(descending=True, stable=True)[: config.max_matches].sort().values
             keypoints0, keypoints1 = keypoints0[best], keypoints1[best]
         yield measure_pair(pair, keypoints0, keypoints1, config, index=index, seconds=seconds)
 

@@ -70,9 +70,7 @@ def _opencv(model: str, options: Sampling, cameras: tuple[Tensor, Tensor] | None
     undistorted = np.zeros(5)
 
     def essential(x0: Array, x1: Array, pair: int) -> tuple[Any, Any]:
-        found: tuple[Any, Any] = cv2.findEssentialMat(
-            x0, x1, K0[pair], K1[pair], undistorted, undistorted, parameters
-        )
+        found: tuple[Any, Any] = cv2.findEssentialMat(x0, x1, K0[pair], K1[pair], undistorted, undistorted, parameters)
         return found
 
     return essential
@@ -107,9 +105,7 @@ def _poselib(model: str, options: Sampling, cameras: tuple[Tensor, Tensor] | Non
     def essential(x0: Array, x1: Array, pair: int) -> tuple[Any, Any]:
         rays = [np.c_[x, np.ones(len(x))] @ inverses[k][pair].T for k, x in enumerate((x0, x1))]
         scaled = {**ransac, "max_epipolar_error": options.threshold / float(focals[pair])}
-        pose, report = poselib.estimate_relative_pose(
-            *(x[:, :2] / x[:, 2:] for x in rays), unit, unit, scaled
-        )
+        pose, report = poselib.estimate_relative_pose(*(x[:, :2] / x[:, 2:] for x in rays), unit, unit, scaled)
         t = skew(torch.from_numpy(np.array(pose.t)))
         return t.numpy() @ pose.R, np.asarray(report["inliers"])
 

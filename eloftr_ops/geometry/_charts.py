@@ -70,9 +70,7 @@ class HomographyChart(NamedTuple):
 
     def where(self, mask: Tensor, other: "HomographyChart") -> "HomographyChart":
         """Return this chart where `mask` holds and `other` elsewhere."""
-        return HomographyChart(
-            _select(mask, self.matrix, other.matrix), _select(mask, self.tangent, other.tangent)
-        )
+        return HomographyChart(_select(mask, self.matrix, other.matrix), _select(mask, self.tangent, other.tangent))
 
 
 class FundamentalChart(NamedTuple):

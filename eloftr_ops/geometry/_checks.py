@@ -66,14 +66,11 @@ def check_matrices(name: str, matrices: Tensor, batch_size: int, rows: int = 3) 
     check_floats(name, matrices)
     if matrices.shape != (batch_size, rows, rows):
         raise ValueError(
-            f"{name}: expected shape (B, {rows}, {rows}) = ({batch_size}, {rows}, {rows}), "
-            f"got {tuple(matrices.shape)}"
+            f"{name}: expected shape (B, {rows}, {rows}) = ({batch_size}, {rows}, {rows}), got {tuple(matrices.shape)}"
         )
     bad = ~torch.isfinite(matrices).flatten(1).all(1)
     if bool(bad.any()):
-        raise ValueError(
-            f"{name}: expected finite values, got NaN or infinity in batch element {_first(bad)}"
-        )
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity in batch element {_first(bad)}")
 
 
 def check_intrinsics(name: str, intrinsics: Tensor, batch_size: int) -> None:

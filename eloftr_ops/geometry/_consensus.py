@@ -65,9 +65,7 @@ def framed(model: str, matches: PaddedMatches, scale: Tensor) -> Framed:
     """
     with torch.no_grad():
         trusted = trusted_weights(matches)
-        frames = [
-            normalise_points(x.detach(), trusted, matches.eps) for x in (matches.points0, matches.points1)
-        ]
+        frames = [normalise_points(x.detach(), trusted, matches.eps) for x in (matches.points0, matches.points1)]
         rounding = torch.maximum(*(frame.rounding for frame in frames))
         least_gap = (ROUNDINGS * rounding).square().clamp_min(LEAST_GAP)
         common = (frames[0].scale * frames[1].scale).sqrt()
@@ -83,9 +81,7 @@ def framed(model: str, matches: PaddedMatches, scale: Tensor) -> Framed:
     )
     with torch.no_grad():
         share = votes(points0, points1, (matches.weights > 0).to(scale.dtype), 2.0 * scale)
-        problem = Problem(
-            model, points0.detach(), points1.detach(), (trusted * share).detach(), scale.detach()
-        )
+        problem = Problem(model, points0.detach(), points1.detach(), (trusted * share).detach(), scale.detach())
     unit = common if model == "essential" else torch.ones_like(common)
     weights = matches.weights * share
     return Framed(problem, points0, points1, weights, share, (frames[0], frames[1]), least_gap, unit)
@@ -97,9 +93,7 @@ def scaled_frame(frame: Normalised, scale: Tensor) -> Normalised:
     transform, inverse = frame.transform.clone(), frame.inverse.clone()
     transform[:, :2] *= ratio[:, None, None]
     inverse[:, 0, 0], inverse[:, 1, 1] = 1.0 / scale, 1.0 / scale
-    return frame._replace(
-        transform=transform, inverse=inverse, scale=scale, points=frame.points * ratio[:, None, None]
-    )
+    return frame._replace(transform=transform, inverse=inverse, scale=scale, points=frame.points * ratio[:, None, None])
 
 
 def identity_frame(frame: Normalised) -> Normalised:

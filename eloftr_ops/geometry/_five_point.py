@@ -63,8 +63,7 @@ def _constraints(E: Tensor) -> Tensor:
     doubled = 2.0 * gram - eye[..., None] * trace[:, None, None]
     nine = torch.einsum("sijp,sjkq->sikpq", doubled, E).flatten(3) @ cube
     minors = [
-        torch.einsum("sp,sq->spq", E[:, 1, a], E[:, 2, b])
-        - torch.einsum("sp,sq->spq", E[:, 1, b], E[:, 2, a])
+        torch.einsum("sp,sq->spq", E[:, 1, a], E[:, 2, b]) - torch.einsum("sp,sq->spq", E[:, 1, b], E[:, 2, a])
         for a, b in ((1, 2), (2, 0), (0, 1))
     ]
     determinant = sum(
@@ -112,9 +111,7 @@ def _determinant(system: list[list[Tensor]]) -> Tensor:
     return torch.as_tensor(total)
 
 
-def _null_of_system(
-    system: list[list[Tensor]], cosine: Tensor, sine: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _null_of_system(system: list[list[Tensor]], cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Null vectors of the 3x3 systems at the roots, each component `(S, 10, 1)`: the largest cross product of rows."""
     rows = []
     for equation in system:

@@ -154,9 +154,7 @@ def normalise_points(points: Tensor, weights: Tensor, eps: float) -> Normalised:
     )
 
 
-def smallest_eigenvector(
-    matrix: Tensor, least_gap: Tensor | float = LEAST_GAP
-) -> tuple[Tensor, Tensor, Tensor]:
+def smallest_eigenvector(matrix: Tensor, least_gap: Tensor | float = LEAST_GAP) -> tuple[Tensor, Tensor, Tensor]:
     """Unit eigenvector of the smallest eigenvalue of symmetric positive semi-definite matrices.
 
     The derivative is `dv = -(A - lambda I)^+ dA v` (Magnus 1985, theorem 1). It involves only the gap
@@ -216,9 +214,7 @@ class _SmallestEigenvector(torch.autograd.Function):
         return -0.5 * (outer + outer.mT), None
 
 
-_apply_smallest_eigenvector: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = (
-    _SmallestEigenvector.apply
-)
+_apply_smallest_eigenvector: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = _SmallestEigenvector.apply
 
 
 def complement_basis(unit: Tensor) -> Tensor:

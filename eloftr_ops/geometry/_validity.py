@@ -70,8 +70,6 @@ def log_false_alarms(squared: Tensor, votes: Tensor, scale: Tensor, dimension: i
         return torch.lgamma(n + 1.0) - torch.lgamma(k + 1.0) - torch.lgamma((n - k).clamp_min(0.0) + 1.0)
 
     k, s = support.clamp_min(size), torch.full_like(support, size)
-    alarms = (
-        (count - s).clamp_min(1.0).log() + log_choose(count, k) + log_choose(k, s) + (k - s) * chance.log()
-    )
+    alarms = (count - s).clamp_min(1.0).log() + log_choose(count, k) + log_choose(k, s) + (k - s) * chance.log()
     near = (distance <= 3.0 * scale[:, None]) & (support >= size)
     return alarms.masked_fill(~near, float("inf")).amin(1)

@@ -126,9 +126,7 @@ def fundamental_from_matches(
         return F, valid, converged, conditioning, robust_weight(squared, scale, robust)
 
     matches = Matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
-    return FundamentalEstimate(
-        *(returned(x, keypoints0) for x in solve_in_pieces(matches, solve, one_unit=True))
-    )
+    return FundamentalEstimate(*(returned(x, keypoints0) for x in solve_in_pieces(matches, solve, one_unit=True)))
 
 
 def fundamental_from_pose(T_0to1: Tensor, K0: Tensor, K1: Tensor) -> Tensor:

@@ -141,9 +141,7 @@ def homography_from_matches(
                     to_work(initial_0to1.detach())[pairs], 1.0 / matches.unit0, 1.0 / matches.unit1
                 )
             H, valid, converged, conditioning = _refined_estimate(matches, robust, scale, steps, initial)
-        squared = (
-            TransferResidual.value(H, matches.points0, matches.points1).clamp(-FAR, FAR).square().sum(-1)
-        )
+        squared = TransferResidual.value(H, matches.points0, matches.points1).clamp(-FAR, FAR).square().sum(-1)
         ratio = (matches.unit0 / matches.unit1).pow(2.0 / 3.0)[:, None, None]
         H = or_identity(homography_in_units(H, matches.unit0, matches.unit1) * ratio, valid)
         return H, valid, converged, conditioning, robust_weight(squared, scale, robust)
@@ -177,9 +175,7 @@ def apply_homography(H_0to1: Tensor, points0: Tensor) -> Tensor:
     if points0.ndim != 3 or points0.shape[2] != 2:
         raise ValueError(f"points0: expected shape (B, N, 2), got {tuple(points0.shape)}")
     if H_0to1.shape != (points0.shape[0], 3, 3):
-        raise ValueError(
-            f"H_0to1: expected shape (B, 3, 3) with B = {points0.shape[0]}, got {tuple(H_0to1.shape)}"
-        )
+        raise ValueError(f"H_0to1: expected shape (B, 3, 3) with B = {points0.shape[0]}, got {tuple(H_0to1.shape)}")
     dtype = result_dtype(torch.promote_types(H_0to1.dtype, points0.dtype))
     with torch.autocast(points0.device.type, enabled=False):
         H, x = unit_magnitude(H_0to1.to(dtype), (1, 2)), homogeneous(points0.to(dtype))
@@ -198,9 +194,7 @@ def resolve_steps(refine_steps: int | None, robust: str | None, has_initial: boo
             "minimum of the robust cost, and only the refinement finds it"
         )
     if refine_steps == 0 and has_initial:
-        raise ValueError(
-            "refine_steps: expected >= 1 with an initial estimate, got 0; it starts the refinement"
-        )
+        raise ValueError("refine_steps: expected >= 1 with an initial estimate, got 0; it starts the refinement")
     return refine_steps
 
 

@@ -35,19 +35,13 @@ CALIBRATED = ("essential", "pose")
 class ConsensusHypotheses(NamedTuple):
     """K hypotheses for each of B pairs."""
 
-    models_0to1: (
-        Tensor  # (B, K, 3, 3), or (B, K, 4, 4) poses; the identity (zero for F and E) where not determined
-    )
-    probabilities: (
-        Tensor  # (B, K), sums to one; zero where not determined, and for a pair without any hypothesis
-    )
+    models_0to1: Tensor  # (B, K, 3, 3), or (B, K, 4, 4) poses; the identity (zero for F and E) where not determined
+    probabilities: Tensor  # (B, K), sums to one; zero where not determined, and for a pair without any hypothesis
     scores: Tensor  # (B, K), soft number of matches that agree
     log_probability: Tensor  # (B, K), of the draw that a hypothesis came from; gradient to the weights
     best: Tensor  # (B,), index of the hypothesis of highest score; no gradient
     valid: Tensor  # (B,) bool: the best hypothesis is determined, and its support is no accident
-    inlier_weights: (
-        Tensor  # (M,) in [0, 1], agreement with the best hypothesis; zero without any; differentiable
-    )
+    inlier_weights: Tensor  # (M,) in [0, 1], agreement with the best hypothesis; zero without any; differentiable
 
     @property
     def best_0to1(self) -> Tensor:
@@ -166,9 +160,7 @@ def consensus_from_matches(
         squared = squared_residuals(kind, found.matrices[rows, best], problem.points0, problem.points1)
         agreement = robust_weight(squared, problem.problem.scale, "cauchy")
         agreement = torch.where(determined[rows, best][:, None], agreement, 0.0)
-        drawn = log_probability_of_samples(
-            _or_more_columns(problem.weights, SAMPLE_SIZE[kind]), found.samples
-        )
+        drawn = log_probability_of_samples(_or_more_columns(problem.weights, SAMPLE_SIZE[kind]), found.samples)
         drawn = torch.where(determined, drawn, 0.0)
         return models, _probabilities(score / temperature, determined), score, drawn, best, valid, agreement
 
@@ -179,9 +171,7 @@ def consensus_from_matches(
 
 def _check_counts(hypotheses: int, refine_steps: int) -> None:
     if hypotheses < 1 or refine_steps < 0:
-        raise ValueError(
-            f"hypotheses, refine_steps: expected at least 1 and 0, got {hypotheses} and {refine_steps}"
-        )
+        raise ValueError(f"hypotheses, refine_steps: expected at least 1 and 0, got {hypotheses} and {refine_steps}")
 
 
 def _seed_from(generator: torch.Generator | None) -> int:

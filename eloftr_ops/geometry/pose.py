@@ -354,17 +354,13 @@ def _refined_motion(
                 determined = linear.determined
             else:
                 R, t, unique = _consensus(matches, scale)
-                squared = (
-                    SampsonResidual.value(skew(t) @ R, matches.points0, matches.points1).square().sum(-1)
-                )
+                squared = SampsonResidual.value(skew(t) @ R, matches.points0, matches.points1).square().sum(-1)
                 agreeing = matches.weights * robust_weight(squared, scale, robust)
                 determined = eight_point(matches, agreeing).determined
                 in_front = _weight_in_front(R, t, matches._replace(weights=agreeing)) > 0
             ready = ready & unique & in_front & determined
             least = LEAST_MATCHES
-    objective = RobustCost(
-        SampsonResidual(), matches.points0, matches.points1, matches.weights, scale, robust
-    )
+    objective = RobustCost(SampsonResidual(), matches.points0, matches.points1, matches.weights, scale, robust)
     minimum = minimise(PoseChart.centred(R, t), objective, steps, linear.least_gap)
     R, t = minimum.chart.motion(minimum.delta)
     enough = (matches.weights > 0).sum(1) >= least

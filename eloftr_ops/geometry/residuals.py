@@ -18,9 +18,7 @@ __all__ = [
 ]
 
 
-def transfer_residuals(
-    keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Tensor, H_0to1: Tensor
-) -> Tensor:
+def transfer_residuals(keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Tensor, H_0to1: Tensor) -> Tensor:
     """Residual in image 1 of each match: where the homography maps keypoint 0, minus keypoint 1.
 
     Convention:
@@ -81,9 +79,7 @@ def symmetric_transfer_residuals(
     return returned(torch.cat([forward, backward], dim=1), keypoints0)
 
 
-def sampson_residuals(
-    keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Tensor, F_0to1: Tensor
-) -> Tensor:
+def sampson_residuals(keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Tensor, F_0to1: Tensor) -> Tensor:
     """Signed Sampson distance of each match: to first order, how far both points must move together.
 
     Hartley and Zisserman, equation 11.9.
@@ -112,9 +108,7 @@ def sampson_residuals(
     return returned(unit * SampsonResidual.value(F, x0, x1)[:, 0, 0], keypoints0)
 
 
-def epipolar_residuals(
-    keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Tensor, F_0to1: Tensor
-) -> Tensor:
+def epipolar_residuals(keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Tensor, F_0to1: Tensor) -> Tensor:
     """Signed distances of both points of each match to their epipolar lines (Hartley and Zisserman, equation 11.10).
 
     Convention, arguments and errors as `sampson_residuals`. A point at an epipole has no line, and residual zero.

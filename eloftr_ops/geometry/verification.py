@@ -88,10 +88,7 @@ def related(
     if min(*size0_wh, *size1_wh) <= 0:
         raise ValueError(f"sizes: expected positive (width, height), got {size0_wh} and {size1_wh}.")
     tails = _TAILS[check_choice("effort", effort, Effort)]
-    found = {
-        model: log10_nfa(model, keypoints0, keypoints1, size0_wh, size1_wh, threshold)
-        for model in _SAMPLE_SIZE
-    }
+    found = {model: log10_nfa(model, keypoints0, keypoints1, size0_wh, size1_wh, threshold) for model in _SAMPLE_SIZE}
     chances = {model: log10_chance({model: nfa}, looks, tails) for model, (nfa, _) in found.items()}
     model = min(chances, key=lambda name: (chances[name], -found[name][1]))
     chance = 10 ** max(chances[model], math.log10(LEAST_CHANCE))
@@ -104,8 +101,7 @@ def log10_chance(
 ) -> float:
     """The logarithm of the share of unrelated pairs whose NFA is as small, of the model for which that is smallest."""
     logs = [
-        min(0.0, (nfa - tails[model][0]) / tails[model][1]) if nfa < 0 else 0.0
-        for model, nfa in log10_nfas.items()
+        min(0.0, (nfa - tails[model][0]) / tails[model][1]) if nfa < 0 else 0.0 for model, nfa in log10_nfas.items()
     ]
     return min(0.0, min(logs) + math.log10(len(_SAMPLE_SIZE) * looks))  # two models are two looks
 
@@ -141,10 +137,7 @@ def log10_nfa(
         return 0.0, 0
     chance = np.minimum(1.0, factor * np.maximum(errors[k - 1], _MIN_ERROR) ** exponent)
     log_nfa = (
-        math.log(count - sample)
-        + _log_choose(count, k)
-        + _log_choose(k, sample)
-        + (k - sample) * np.log(chance)
+        math.log(count - sample) + _log_choose(count, k) + _log_choose(k, sample) + (k - sample) * np.log(chance)
     ) / math.log(10)
     best = int(log_nfa.argmin())
     return (float(log_nfa[best]), int(k[best])) if log_nfa[best] < 0 else (0.0, 0)
@@ -214,9 +207,7 @@ def _estimate(model: str, points0: _Array, points1: _Array, threshold: float) ->
 def _mapped(H: _Array, points: _Array) -> _Array:
     with np.errstate(all="ignore"):
         homogeneous = np.c_[points, np.ones(len(points))] @ H.T
-        mapped: _Array = np.nan_to_num(
-            homogeneous[:, :2] / homogeneous[:, 2:], nan=1e9, posinf=1e9, neginf=-1e9
-        )
+        mapped: _Array = np.nan_to_num(homogeneous[:, :2] / homogeneous[:, 2:], nan=1e9, posinf=1e9, neginf=-1e9)
     return mapped
 
 

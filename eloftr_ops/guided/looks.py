@@ -24,9 +24,7 @@ _CONFIDENCE = 0.999
 class Setting(NamedTuple):
     """What looks of a pair may be like."""
 
-    sizes: tuple[
-        tuple[int, int], tuple[int, int]
-    ]  # (width, height) that images 0 and 1 count as: working sizes
+    sizes: tuple[tuple[int, int], tuple[int, int]]  # (width, height) that images 0 and 1 count as: working sizes
     longest: int  # pixels: long side of a frame, at most
     finest: float  # pixels of a frame per working pixel of image 0, at most: what the image holds
     at_once: int  # looks of a search that are asked for together
@@ -94,9 +92,7 @@ def support_of(look: Look, found: Found) -> Support:
     return max(supports, key=lambda support: (support.evidence, support.inliers))
 
 
-def model_between(
-    model: str, points0: Tensor, points1: Tensor, threshold: float
-) -> tuple[Tensor, Tensor] | None:
+def model_between(model: str, points0: Tensor, points1: Tensor, threshold: float) -> tuple[Tensor, Tensor] | None:
     """A homography or fundamental matrix (3, 3), and its inliers (M,) bool; None where the matches determine none."""
     estimate = estimate_robust(
         points0,

@@ -100,9 +100,7 @@ class GuidedMatcher(LoFTR):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ArgumentError(name, f"expected an integer of at least {least}, or None, got {value!r}.")
         if seconds is not None and not 0 <= seconds < float("inf"):
-            raise ArgumentError(
-                "seconds", f"expected a number of seconds, 0 or more, or None, got {seconds!r}."
-            )
+            raise ArgumentError("seconds", f"expected a number of seconds, 0 or more, or None, got {seconds!r}.")
         self.matcher = matcher
         self.effort, self.size, self.seconds, self.looks_at_once = effort, size, seconds, looks_at_once
 
@@ -141,9 +139,7 @@ class GuidedMatcher(LoFTR):
         with torch.no_grad():
             still = [(source0.detached(), source1.detached()) for source0, source1 in sources]
             runner = Runner(self.matcher, still, at_once, options)
-            chains, counts = _run_plans(
-                [plan(self.effort, each, budget.expired) for each in settings], runner
-            )
+            chains, counts = _run_plans([plan(self.effort, each, budget.expired) for each in settings], runner)
         if self._needs_gradient(image0, image1):
             runner = Runner(self.matcher, sources, at_once, options)
             chains = [
@@ -187,12 +183,7 @@ def _checked(data: Mapping[str, Any]) -> dict[str, Any]:
     images: dict[str, Any] = {}
     for name in ("image0", "image1"):
         image = data.get(name)
-        if (
-            not isinstance(image, Tensor)
-            or image.ndim != 4
-            or image.shape[1] != 1
-            or not image.is_floating_point()
-        ):
+        if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] != 1 or not image.is_floating_point():
             got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise ArgumentError(
                 name,
@@ -211,9 +202,7 @@ def _checked(data: Mapping[str, Any]) -> dict[str, Any]:
         shape = (len(image), *image.shape[-2:])
         if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != shape):
             got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ArgumentError(
-                f"mask{side}", f"expected a tensor {shape}, the size of its image, got {got}."
-            )
+            raise ArgumentError(f"mask{side}", f"expected a tensor {shape}, the size of its image, got {got}.")
         images[f"mask{side}"] = mask
     return images
 

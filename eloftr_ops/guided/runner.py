@@ -114,9 +114,7 @@ def _batched(side: str, frames: list[_Frame]) -> dict[str, Any]:
     """One side of the matcher's input."""
     features = [frame.features for frame in frames if frame.features is not None]
     if len(features) == len(frames) and len({frozenset(each) for each in features}) == 1:
-        return {
-            f"features{side}": {name: torch.cat([each[name] for each in features]) for name in features[0]}
-        }
+        return {f"features{side}": {name: torch.cat([each[name] for each in features]) for name in features[0]}}
     data = {f"image{side}": torch.cat([frame.pixels for frame in frames])}
     if any(frame.mask is not None for frame in frames):
         masks = [

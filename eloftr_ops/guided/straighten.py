@@ -75,9 +75,7 @@ def differs(look: Look, before: Look) -> bool:
 def _stretch(look: Look, points0: Tensor) -> Tensor:
     """Jacobians (N, 2, 2), at points of image 0, of the map to image 1 that a look straightens."""
     here = look.assumed(points0)
-    return torch.stack(
-        [look.assumed(points0 + step) - here for step in torch.eye(2, dtype=torch.float64)], -1
-    )
+    return torch.stack([look.assumed(points0 + step) - here for step in torch.eye(2, dtype=torch.float64)], -1)
 
 
 def _overlap(plane: Tensor, size0_wh: tuple[int, int], size1_wh: tuple[int, int]) -> Tensor:

@@ -53,10 +53,7 @@ _STAGES = (
 def stages(setting: Setting) -> Iterator[list[Look]]:
     """Groups of looks, to be tried one group after the other."""
     reduced = [max(1.0, max(size) / (_SIZE * setting.longest)) for size in setting.sizes]
-    plain = [
-        tilted(size, 1.0, 0.0, by)._replace(lasting=True)
-        for size, by in zip(setting.sizes, reduced, strict=True)
-    ]
+    plain = [tilted(size, 1.0, 0.0, by)._replace(lasting=True) for size, by in zip(setting.sizes, reduced, strict=True)]
     for pairs in _STAGES:
         looks = []
         for pair in pairs:

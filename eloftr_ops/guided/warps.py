@@ -28,9 +28,7 @@ class Warp(NamedTuple):
 
     matrix: Tensor  # (3, 3) float64
     size_wh: tuple[int, int]  # of the frame
-    field: Tensor | None = (
-        None  # (2, h, w) float64, pixels of the image, on a grid from border to border of the frame
-    )
+    field: Tensor | None = None  # (2, h, w) float64, pixels of the image, on a grid from border to border of the frame
     lasting: bool = False  # whether the frame comes again: its features are worth keeping
 
     def to_image(self, points: Tensor) -> Tensor:
@@ -86,9 +84,7 @@ class Source(NamedTuple):
 
 def scaling(size_wh: tuple[int, int], frame_wh: tuple[int, int]) -> Warp:
     """A frame that shows all of an image of the size ``size_wh``."""
-    matrix = torch.diag(
-        torch.tensor([size_wh[0] / frame_wh[0], size_wh[1] / frame_wh[1], 1.0], dtype=torch.float64)
-    )
+    matrix = torch.diag(torch.tensor([size_wh[0] / frame_wh[0], size_wh[1] / frame_wh[1], 1.0], dtype=torch.float64))
     return Warp(matrix, frame_wh)
 
 

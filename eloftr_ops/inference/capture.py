@@ -91,9 +91,7 @@ class CudaBackend:
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._streams: dict[
-            torch.device, torch.cuda.Stream
-        ] = {}  # memory is shared by captures on one stream
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # memory is shared by captures on one stream
         self._done: torch.cuda.Event | None = None
 
     def why_not(self, device: torch.device) -> str | None:

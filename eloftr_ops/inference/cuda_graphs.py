@@ -79,9 +79,7 @@ class CudaGraphs:
         ValueError: a limit below 1.
     """
 
-    def __init__(
-        self, limit: int = KEPT, off: str | None = None, backend: CaptureBackend | None = None
-    ) -> None:
+    def __init__(self, limit: int = KEPT, off: str | None = None, backend: CaptureBackend | None = None) -> None:
         if limit < 1:
             raise ValueError(f"limit: expected at least 1, got {limit}. off='...' switches captures off.")
         self.limit, self.off, self.at_once = limit, off, True
@@ -114,9 +112,7 @@ class CudaGraphs:
             self._weights, self._storage = None, []
             self._backend.release()
 
-    def match(
-        self, matcher: EfficientLoFTR, data: Any, mode: GradientMode | None
-    ) -> dict[str, Tensor] | None:
+    def match(self, matcher: EfficientLoFTR, data: Any, mode: GradientMode | None) -> dict[str, Tensor] | None:
         """What ``matcher.forward(data, mode=mode)`` gives, by a replay; None: call that, no replay can stand for it.
 
         Raises:
@@ -268,9 +264,7 @@ def _layout(x: Tensor) -> tuple[Any, ...]:
 def _place_for(x: Tensor) -> Tensor:
     """Memory that is laid out as the maps of the backbone are, or plainly."""
     *_, channels_last = _layout(x)
-    return torch.empty_like(
-        x, memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+    return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _settings(device: torch.device) -> tuple[Any, ...]:

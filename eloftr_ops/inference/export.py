@@ -144,16 +144,12 @@ def to_onnx(matcher: EfficientLoFTR, path: str | os.PathLike[str], **options: An
 def _check_sizes(sizes: dict[str, tuple[int, int]]) -> None:
     for name, size in sizes.items():
         if len(size) != 2 or not all(isinstance(side, int) and side >= MIN_SIZE for side in size):
-            raise ValueError(
-                f"{name}: expected (height, width), whole numbers of at least {MIN_SIZE}, got {size}."
-            )
+            raise ValueError(f"{name}: expected (height, width), whole numbers of at least {MIN_SIZE}, got {size}.")
 
 
 def _check_batch(batch: int | None, format: Format) -> None:  # noqa: A002
     if batch is None and format == "aoti":
-        raise ValueError(
-            "batch: expected a number for aoti, got None. Leave it open for onnx or torch-export."
-        )
+        raise ValueError("batch: expected a number for aoti, got None. Leave it open for onnx or torch-export.")
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
         raise ValueError(f"batch: expected a whole number of at least 1, or None, got {batch}.")
 

@@ -56,8 +56,7 @@ def check_images(
     for start in range(0, len(pairs), batch):
         chosen = [pairs[(start + index) % len(pairs)] for index in range(batch)]
         images = [
-            torch.cat([_resized(pair[side], size) for pair in chosen])
-            for side, size in enumerate((size0, size1))
+            torch.cat([_resized(pair[side], size) for pair in chosen]) for side, size in enumerate((size0, size1))
         ]
         if not masks:
             yield tuple(images)

@@ -133,14 +133,10 @@ class InferenceMatcher(EfficientLoFTR):
     def transform(self, features0: Features, features1: Features) -> tuple[Tensor, Tensor]:
         """As :meth:`EfficientLoFTR.transform`, in the transformer's dtype."""
         dtype = next(self.transformer.parameters()).dtype
-        converted = (
-            features._replace(coarse=features.coarse.to(dtype)) for features in (features0, features1)
-        )
+        converted = (features._replace(coarse=features.coarse.to(dtype)) for features in (features0, features1))
         return super().transform(*converted)
 
-    def fine_features(
-        self, features0: Features, features1: Features, coarse: CoarseOutput
-    ) -> tuple[Tensor, Tensor]:
+    def fine_features(self, features0: Features, features1: Features, coarse: CoarseOutput) -> tuple[Tensor, Tensor]:
         """As :meth:`EfficientLoFTR.fine_features`, in the pyramid's dtype."""
         coarse0, coarse1 = coarse.coarse0.to(features0.half.dtype), coarse.coarse1.to(features1.half.dtype)
         return super().fine_features(features0, features1, coarse._replace(coarse0=coarse0, coarse1=coarse1))

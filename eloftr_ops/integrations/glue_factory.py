@@ -65,9 +65,7 @@ def model_class() -> type[Any]:
             return _in_batches(self.net(images), len(images["image0"]), self.conf.max_num_matches)
 
         def loss(self, pred: dict[str, Tensor], data: dict[str, Any]) -> Any:
-            raise NotImplementedError(
-                "Train the matcher with eloftr_ops.training; glue-factory evaluates it."
-            )
+            raise NotImplementedError("Train the matcher with eloftr_ops.training; glue-factory evaluates it.")
 
     EfficientLoFTR.__module__ = __name__
     return EfficientLoFTR
@@ -87,9 +85,7 @@ def _in_batches(found: dict[str, Tensor], batch: int, count: int | None) -> dict
             whole[pair, : len(row)] = values[row]
         return whole
 
-    keypoints0, keypoints1, confidence = (
-        padded(found[name]) for name in ("keypoints0", "keypoints1", "confidence")
-    )
+    keypoints0, keypoints1, confidence = (padded(found[name]) for name in ("keypoints0", "keypoints1", "confidence"))
     lengths = torch.tensor([len(row) for row in rows], device=confidence.device)
     index = torch.arange(most, device=confidence.device).expand(batch, most)
     matches = torch.where(index < lengths[:, None], index, -1)

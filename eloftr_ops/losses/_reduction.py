@@ -56,9 +56,7 @@ def check_options(smoothing: float, saturation: float | None, reduction: str) ->
     check_choice("reduction", reduction, REDUCTIONS)
 
 
-def mean_over_matches(
-    values: Tensor, batch_indexes: Tensor, weights: Tensor | None, batch_size: int
-) -> Tensor:
+def mean_over_matches(values: Tensor, batch_indexes: Tensor, weights: Tensor | None, batch_size: int) -> Tensor:
     """Weighted mean `(B,)` of the values `(M,)` of each pair; zero for a pair without weight."""
     weights = torch.ones_like(values) if weights is None else weights.to(values.device).to(values.dtype)
     index = batch_indexes.to(values.device).long()
@@ -107,9 +105,7 @@ def counted(
         # Shapes and dtypes first: the rows of pairs that are not valid are found by their indexes.
         check_tensor("keypoints0", keypoints0)
         check_tensor("keypoints1", keypoints1)
-        check_matches(
-            torch.zeros_like(keypoints0), torch.zeros_like(keypoints1), batch_indexes, batch_size, None
-        )
+        check_matches(torch.zeros_like(keypoints0), torch.zeros_like(keypoints1), batch_indexes, batch_size, None)
         rows = valid.to(keypoints0.device)[batch_indexes.to(keypoints0.device).long()]
         keypoints0 = torch.where(rows[:, None], keypoints0, 0.0)
         keypoints1 = torch.where(rows.to(keypoints1.device)[:, None], keypoints1, 0.0)

@@ -98,9 +98,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return rewards - _others(rewards, torch.ones_like(rewards, dtype=torch.bool))
 
 
-def agreement_rewards(
-    reward: Tensor, agrees: Tensor, *, penalty: float = 0.25, baseline: bool = True
-) -> Tensor:
+def agreement_rewards(reward: Tensor, agrees: Tensor, *, penalty: float = 0.25, baseline: bool = True) -> Tensor:
     r"""Reward of each match of a draw, from that of the model that the draw gave.
 
     Of a model with reward :math:`R > 0`, matches that agree with it get :math:`R`, the others :math:`-pR`: the model is
@@ -131,9 +129,7 @@ def agreement_rewards(
     return torch.where(agrees, agreeing[..., None], -penalty * reward[..., None])
 
 
-def homography_reward(
-    found: Candidates, H_gt_0to1: Tensor, size_hw: tuple[int, int], *, scale: float = 16.0
-) -> Tensor:
+def homography_reward(found: Candidates, H_gt_0to1: Tensor, size_hw: tuple[int, int], *, scale: float = 16.0) -> Tensor:
     """One minus the corner error over ``scale``, at least 0; 0 where no homography was found.
 
     Args:
@@ -203,9 +199,7 @@ def _others(values: Tensor, present: Tensor) -> Tensor:
 
 def _check_draws(log_probability: Tensor, rewards: Tensor, valid: Tensor, entropy: float) -> None:
     if log_probability.ndim not in (2, 3):
-        raise ValueError(
-            f"log_probability: expected shape (B, D) or (B, D, K), got {tuple(log_probability.shape)}"
-        )
+        raise ValueError(f"log_probability: expected shape (B, D) or (B, D, K), got {tuple(log_probability.shape)}")
     for name, x in (("rewards", rewards), ("valid", valid)):
         if x.shape != log_probability.shape:
             raise ValueError(

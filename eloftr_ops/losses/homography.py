@@ -73,9 +73,7 @@ def corner_error_loss(
     estimate, truth = to_work(H_0to1), to_work(H_gt_0to1)
     outline = [[0, 0], [width, 0], [width, height], [0, height]]
     corners = estimate.new_tensor(outline).expand(batch_size, 4, 2)
-    distance = smooth_length(
-        apply_homography(estimate, corners) - apply_homography(truth, corners), smoothing
-    )
+    distance = smooth_length(apply_homography(estimate, corners) - apply_homography(truth, corners), smoothing)
     values = saturated(distance.mean(1), saturation)
     return returned(reduce_pairs(values, valid, reduction), H_0to1)
 

@@ -73,15 +73,11 @@ def photometric_loss(
 def _check_images(image0: Tensor, image1: Tensor) -> None:
     for name, image in (("image0", image0), ("image1", image1)):
         if not torch.is_floating_point(image):
-            raise TypeError(
-                f"{name}: expected a floating point dtype, got {image.dtype}; scale to [0, 1] first"
-            )
+            raise TypeError(f"{name}: expected a floating point dtype, got {image.dtype}; scale to [0, 1] first")
         if image.ndim != 4:
             raise ValueError(f"{name}: expected shape (B, C, H, W), got {tuple(image.shape)}")
     if image0.shape[:2] != image1.shape[:2]:
-        raise ValueError(
-            f"image1: expected B and C of image0 {tuple(image0.shape[:2])}, got {tuple(image1.shape[:2])}"
-        )
+        raise ValueError(f"image1: expected B and C of image0 {tuple(image0.shape[:2])}, got {tuple(image1.shape[:2])}")
 
 
 def _warped(image1: Tensor, H_0to1: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

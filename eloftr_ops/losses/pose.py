@@ -130,8 +130,7 @@ def pose_loss(
     check_matrices("T_gt_0to1", T_gt_0to1, batch_size, rows=4)
     if min(rotation_weight, translation_weight) < 0:
         raise ValueError(
-            "rotation_weight, translation_weight: expected >= 0, "
-            f"got {rotation_weight} and {translation_weight}"
+            f"rotation_weight, translation_weight: expected >= 0, got {rotation_weight} and {translation_weight}"
         )
     estimate, truth = to_work(T_0to1), to_work(T_gt_0to1)
     turn = rotation_angle(estimate[:, :3, :3], truth[:, :3, :3])

@@ -87,9 +87,7 @@ def select_matches(coarse: CoarseOutput, config: EfficientLoFTRConfig) -> Coarse
     return CoarseMatches(batch[passed], cells0[passed], cells1[passed], confidence[passed])
 
 
-def select_fixed(
-    coarse: CoarseOutput, config: EfficientLoFTRConfig, count: int | None
-) -> tuple[CoarseMatches, Tensor]:
+def select_fixed(coarse: CoarseOutput, config: EfficientLoFTRConfig, count: int | None) -> tuple[CoarseMatches, Tensor]:
     """As :func:`select_matches` with fixed shapes: the ``count`` pairs of cells with the highest scores of each pair.
 
     Scores in descending order; of equal scores the cell of image 0 with the lower index comes first. Without ``count``

@@ -213,9 +213,7 @@ class EfficientLoFTR(LoFTR):
         check_max_matches(max_matches, tuple(image0.shape[-2:]), SIZE_MULTIPLE)
         return StaticMatches.from_rows(*self.match_rows(pair, mode, max_matches))
 
-    def match_rows(
-        self, pair: PairInput, mode: GradientMode, max_matches: int | None = None
-    ) -> tuple[Matches, Tensor]:
+    def match_rows(self, pair: PairInput, mode: GradientMode, max_matches: int | None = None) -> tuple[Matches, Tensor]:
         """B * K rows, those of a pair together, and which are matches, (B, K) bool; see ``coarse.select_fixed``."""
         features0, features1 = self.extract_pair(pair)
         coarse0, coarse1 = self.transform(features0, features1)
@@ -311,9 +309,7 @@ class EfficientLoFTR(LoFTR):
 
         save_pretrained(self, folder, layout=layout)
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``nn.Module``; the authors' checkpoints go through :meth:`from_pretrained`."""
         return nn.Module.load_state_dict(self, state_dict, strict, assign)
 
@@ -384,9 +380,7 @@ class EfficientLoFTR(LoFTR):
         inside = on_image(matches, features0, features1)
         return Matches(*(field[inside] for field in matches))
 
-    def fine_features(
-        self, features0: Features, features1: Features, coarse: CoarseOutput
-    ) -> tuple[Tensor, Tensor]:
+    def fine_features(self, features0: Features, features1: Features, coarse: CoarseOutput) -> tuple[Tensor, Tensor]:
         """Fused fine features at half resolution, (B, D, 4h, 4w) per image.
 
         In training both images go through together where their sizes agree, so that BatchNorm sees both; otherwise

@@ -19,9 +19,7 @@ class AggregatedAttention(nn.Module):
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.aggregate = nn.Conv2d(
-            channels, channels, AGGREGATION, stride=AGGREGATION, groups=channels, bias=False
-        )
+        self.aggregate = nn.Conv2d(channels, channels, AGGREGATION, stride=AGGREGATION, groups=channels, bias=False)
         self.token_norm = nn.LayerNorm(channels)
         self.q_proj = nn.Linear(channels, channels, bias=False)
         self.k_proj = nn.Linear(channels, channels, bias=False)

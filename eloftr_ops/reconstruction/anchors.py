@@ -72,9 +72,7 @@ def _peaks(points: Array, weights: Array, radius: float) -> Array:
     columns, rows = np.floor(points).astype(np.int64).T
     added = np.zeros((height, width), np.float32)
     np.add.at(added, (rows, columns), weights)
-    heat: npt.NDArray[Any] = cv2.GaussianBlur(
-        added, (0, 0), max(0.5, radius / 2), borderType=cv2.BORDER_CONSTANT
-    )
+    heat: npt.NDArray[Any] = cv2.GaussianBlur(added, (0, 0), max(0.5, radius / 2), borderType=cv2.BORDER_CONSTANT)
     reach = max(1, math.ceil(radius))
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
     # Equal heights must not give two peaks side by side: a slope far below any weight decides.

@@ -78,9 +78,7 @@ class PairChoice:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(PairMode):
-            raise ArgumentError(
-                "pairs", f"expected one of {', '.join(get_args(PairMode))}, got {self.mode!r}."
-            )
+            raise ArgumentError("pairs", f"expected one of {', '.join(get_args(PairMode))}, got {self.mode!r}.")
         if self.mode == "file" and not self.source.is_file():
             raise FileError(f"{self.source}: expected a text file of pairs.")
         for name in ("window", "neighbours"):
@@ -290,9 +288,7 @@ def _identity(matcher: EfficientLoFTR, settings: MatchSettings) -> dict[str, Any
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]
-    )
+    return ", ".join(f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key])
 
 
 @contextlib.contextmanager
@@ -305,9 +301,7 @@ def _alone(output: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout as error:
-        raise FileError(
-            f"{output}: another run writes this file. Wait for its end, or pass another output."
-        ) from error
+        raise FileError(f"{output}: another run writes this file. Wait for its end, or pass another output.") from error
     try:
         yield
     finally:

@@ -70,9 +70,7 @@ def _focal(details: Any, width: int, height: int) -> float | None:
     if not (focal and resolution and unit):
         return None
     # The resolution is that of the photograph as taken; a copy may have been reduced.
-    taken = [
-        _number(details.get(tag)) for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
-    ]
+    taken = [_number(details.get(tag)) for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)]
     reduction = long_side / max(taken) if all(taken) else 1.0
     return _checked(focal * resolution / unit * reduction, long_side)
 

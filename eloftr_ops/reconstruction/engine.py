@@ -135,9 +135,7 @@ class LocalEngine:
 
     def __init__(self, folder: Path, settings: MatchSettings, devices: Sequence[torch.device]) -> None:
         self._folder, self._settings = folder, settings
-        self._matchers = [
-            load_matcher(settings.weights, device, threshold=settings.threshold) for device in devices
-        ]
+        self._matchers = [load_matcher(settings.weights, device, threshold=settings.threshold) for device in devices]
 
     @property
     def matcher(self) -> EfficientLoFTR:

@@ -39,9 +39,7 @@ _SIZE = 4.0  # pixels, what is said about the size of a keypoint
 _SIFT_BYTES = 128  # of a descriptor in OpenMVG's files, all zero
 
 
-def export_tracks(
-    program: Program, folder: Path, tracks: Tracks, cameras: Mapping[str, PhotoCamera]
-) -> list[Path]:
+def export_tracks(program: Program, folder: Path, tracks: Tracks, cameras: Mapping[str, PhotoCamera]) -> list[Path]:
     """Write keypoints and matches as a program reads them.
 
     Convention:
@@ -127,9 +125,7 @@ def _openmvg(folder: Path, tracks: Tracks, cameras: Mapping[str, PhotoCamera]) -
     stems = [Path(name).stem for name in tracks.names]
     twice = {stem for stem in stems if stems.count(stem) > 1}
     if twice:
-        raise FileError(
-            f"{min(twice)}: two images of this name. OpenMVG tells images by it alone; rename one."
-        )
+        raise FileError(f"{min(twice)}: two images of this name. OpenMVG tells images by it alone; rename one.")
     for stem, keypoints in zip(stems, tracks.keypoints, strict=True):
         points = _integer_centred(keypoints)
         text = "".join(f"{x:.9g} {y:.9g} {_SIZE:g} 0\n" for x, y in points.tolist())

@@ -51,9 +51,7 @@ class FeatureStore:
         loaders: threads that read.
     """
 
-    def __init__(
-        self, matcher: EfficientLoFTR, folder: Path, *, resize: int, budget: int, loaders: int = 2
-    ) -> None:
+    def __init__(self, matcher: EfficientLoFTR, folder: Path, *, resize: int, budget: int, loaders: int = 2) -> None:
         self._matcher, self._folder, self._resize, self._budget = matcher, folder, resize, budget
         self._kept: OrderedDict[str, KeptImage] = OrderedDict()
         self._broken: dict[str, str] = {}
@@ -125,9 +123,7 @@ class FeatureStore:
         loaded = read_image(path, resize=self._resize or None)
         if min(loaded.size_wh) < MIN_SIZE:
             width, height = loaded.size_wh
-            raise FileError(
-                f"{name}: {width}x{height} pixels as matched, expected at least {MIN_SIZE} on each side."
-            )
+            raise FileError(f"{name}: {width}x{height} pixels as matched, expected at least {MIN_SIZE} on each side.")
         return loaded, state
 
     def _make_room(self, needed: int, keep: tuple[str, ...]) -> None:
@@ -155,9 +151,7 @@ def feature_bytes(matcher: EfficientLoFTR, size_wh: tuple[int, int]) -> int:
     return int(width * height * 4 * (half / 4 + quarter / 16 + coarse / 64))
 
 
-def images_in_memory(
-    matcher: EfficientLoFTR, folder: Path, names: list[str], *, resize: int, budget: int
-) -> int:
+def images_in_memory(matcher: EfficientLoFTR, folder: Path, names: list[str], *, resize: int, budget: int) -> int:
     """How many images the budget holds, by the largest of a sample; at least 2."""
     step = max(1, len(names) // _SAMPLE)
     largest = max(feature_bytes(matcher, _size_as_matched(folder / name, resize)) for name in names[::step])

@@ -90,9 +90,7 @@ def _nearest(points: Array, places: Array, reach: float) -> tuple[npt.NDArray[np
     The points lie in square cells of twice the reach; the nine cells around a place hold what counts for it.
     """
     corner = np.minimum(points.min(0), places.min(0))
-    cells, own = (
-        np.floor((values - corner) / (2 * reach)).astype(np.int64) + 1 for values in (points, places)
-    )
+    cells, own = (np.floor((values - corner) / (2 * reach)).astype(np.int64) + 1 for values in (points, places))
     width = int(max(cells[:, 0].max(), own[:, 0].max())) + 2
     keys = cells[:, 1] * width + cells[:, 0]
     order = np.argsort(keys, kind="stable")

@@ -179,9 +179,7 @@ def _unpacked(record: bytes) -> PairMatches:
 def _difference(path: Path, found: bytes, expected: bytes) -> str:
     try:
         before, now = json.loads(found), json.loads(expected)
-        changed = [
-            f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]
-        ]
+        changed = [f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]
     except (ValueError, AttributeError):
         changed = ["it is another kind of file"]
     return (

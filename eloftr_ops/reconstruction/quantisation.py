@@ -61,9 +61,7 @@ def quantised_tracks(
     if not 0 < max_error <= cell_size:
         raise ArgumentError("cell_size", f"expected at least max_error = {max_error}, got {cell_size}.")
     table = read_table(matches, resize)
-    cells = [
-        _rounded(*_original_points(table, image), cell_size, max_error) for image in range(len(table.names))
-    ]
+    cells = [_rounded(*_original_points(table, image), cell_size, max_error) for image in range(len(table.names))]
     start = np.cumsum([0, *(len(each.position) for each in cells)])
     used = [0] * len(cells)  # members of each image that pairs before took
     pairs: dict[Pair, Indexes] = {}
@@ -103,9 +101,7 @@ def _rounded(points: Array, weights: Array, cell_size: float, max_error: float) 
     total = np.bincount(inside.ravel(), weights, len(bins))
     order = np.lexsort([total, bins[:, 0]])
     chosen = order[np.flatnonzero(np.diff(bins[order, 0], append=-1))]  # the heaviest square of each cell
-    return _Cells(
-        member, bins[chosen, 1:] * max_error, np.bincount(member, weights, len(cells)).astype(np.float64)
-    )
+    return _Cells(member, bins[chosen, 1:] * max_error, np.bincount(member, weights, len(cells)).astype(np.float64))
 
 
 def _unique_best(ids: Indexes, confidence: Array) -> Indexes:

@@ -148,9 +148,7 @@ class RayEngine:
         )
         tiles = reading_order(pairs, images, len(self._workers))
         return [
-            _Chunk(tile[first : first + self._chunk])
-            for tile in tiles
-            for first in range(0, len(tile), self._chunk)
+            _Chunk(tile[first : first + self._chunk]) for tile in tiles for first in range(0, len(tile), self._chunk)
         ]
 
 
@@ -180,9 +178,7 @@ def _after_a_death(chunk: _Chunk, error: str = "") -> tuple[list[Outcome], list[
         return [], [_Chunk(chunk.pairs, attempts)]
     if len(chunk.pairs) > 1:
         return [], [_Chunk([pair]) for pair in chunk.pairs]
-    reason = (
-        f"its worker died {attempts} times. Too little memory? Pass a smaller --resize or --memory. {error}"
-    )
+    reason = f"its worker died {attempts} times. Too little memory? Pass a smaller --resize or --memory. {error}"
     reason = " ".join(reason.split())
     return [RefusedPair(chunk.pairs[0], reason)], []
 

@@ -102,9 +102,7 @@ class Tracks:
     report: TrackReport
 
 
-def build_tracks(
-    matches: Iterable[PairMatches], resize: int = 640, config: TrackConfig | None = None
-) -> Tracks:
+def build_tracks(matches: Iterable[PairMatches], resize: int = 640, config: TrackConfig | None = None) -> Tracks:
     """Make one set of keypoints per image from the matches of many pairs; see the module for how.
 
     Convention:
@@ -133,9 +131,7 @@ def build_tracks(
     used = np.zeros(len(position), bool)
     used[edges] = True
     weight = np.bincount(edges.ravel(), np.repeat(ties.weight, 2), len(position)).astype(np.float64)
-    report = track_report(
-        given, errors[agree], label[used], conflicts=grown.conflicts, broken=int((~agree).sum())
-    )
+    report = track_report(given, errors[agree], label[used], conflicts=grown.conflicts, broken=int((~agree).sum()))
     grown = grown._replace(position=position, track=label)
     return _sorted_tracks(table, grown, weight, used, report)
 

@@ -75,9 +75,7 @@ def batch_of_rendered(rendered: HomographyBatch | SceneBatch, seeds: Sequence[in
         valid0 = valid1 = everywhere
         kinds = torch.full_like(kinds, DEPTH)
         labels = (eye3, rendered.depth0, rendered.depth1, rendered.K0, rendered.K1, rendered.T_0to1)
-    return TrainingBatch(
-        rendered.image0, rendered.image1, None, None, valid0, valid1, kinds, *labels, drawn, count
-    )
+    return TrainingBatch(rendered.image0, rendered.image1, None, None, valid0, valid1, kinds, *labels, drawn, count)
 
 
 def batch_of_labelled(pair: ImagePair, size_hw: tuple[int, int], seed: int) -> TrainingBatch:
@@ -147,12 +145,11 @@ def _reduced(pair: ImagePair, size_hw: tuple[int, int]) -> ImagePair:
         scales.append(scale)
         if new == (height, width):
             continue
-        changes[f"image{side}"] = F.interpolate(
-            image[None], new, mode="bilinear", align_corners=False, antialias=True
-        )[0].clamp(0, 1)
+        changes[f"image{side}"] = F.interpolate(image[None], new, mode="bilinear", align_corners=False, antialias=True)[
+            0
+        ].clamp(0, 1)
         rows, columns = (
-            torch.arange(n).add(0.5).mul(full / n).long()
-            for n, full in zip(new, (height, width), strict=True)
+            torch.arange(n).add(0.5).mul(full / n).long() for n, full in zip(new, (height, width), strict=True)
         )
         changes[f"mask{side}"] = mask[rows[:, None], columns]
         if depth is not None:

@@ -31,9 +31,7 @@ class CheckpointError(ValueError):
     """No checkpoint of a folder can be used."""
 
 
-def save_checkpoint(
-    folder: Path, step: int, state: Mapping[str, Any], *, piece_mib: int | None = None
-) -> None:
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, piece_mib: int | None = None) -> None:
     """Write the state of ``step``; the last two checkpoints are kept.
 
     Args:

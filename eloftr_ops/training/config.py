@@ -43,9 +43,7 @@ def _at_least(name: str, value: float, least: float, *, exclusive: bool = False)
     """Also not above what any run needs, and not NaN."""
     most = _MOST.get(name, _MOST_OTHERWISE)
     if not (value > least if exclusive else value >= least):
-        raise ValueError(
-            f"{name}: expected {'more than' if exclusive else 'at least'} {least:g}, got {value}."
-        )
+        raise ValueError(f"{name}: expected {'more than' if exclusive else 'at least'} {least:g}, got {value}.")
     if value > most:
         raise ValueError(f"{name}: expected at most {most:.10g}, got {value}.")
 

@@ -93,9 +93,7 @@ def _build(kind: type[T], values: Any, place: str) -> T:
     missing = [
         f"missing {prefix}{name}"
         for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if unknown or missing:
         raise ValueError(f"{', '.join(unknown + missing)}; known: {', '.join(fields)}.")
@@ -139,9 +137,7 @@ def _convert_tuple(value: Any, args: tuple[Any, ...], place: str) -> tuple[Any, 
     if not isinstance(value, list | tuple) or (not repeated and len(value) != len(args)):
         raise ValueError(f"{place}: expected a list{'' if repeated else f' of {len(args)}'}, got {value!r}.")
     kinds = [args[0]] * len(value) if repeated else args
-    return tuple(
-        _convert(item, kind, f"{place}[{i}]") for i, (item, kind) in enumerate(zip(value, kinds, strict=True))
-    )
+    return tuple(_convert(item, kind, f"{place}[{i}]") for i, (item, kind) in enumerate(zip(value, kinds, strict=True)))
 
 
 _TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

@@ -118,9 +118,7 @@ class PairMixture(Dataset[TrainingBatch]):
 class _Shares(Sampler[list[Place]]):
     """Places of one process, part by part: of the parts of a step, part k has positions k, k + parts, ..."""
 
-    def __init__(
-        self, mixture: PairMixture, steps: range, process: int, processes: int, accumulate: int
-    ) -> None:
+    def __init__(self, mixture: PairMixture, steps: range, process: int, processes: int, accumulate: int) -> None:
         self._mixture, self._steps = mixture, steps
         self._parts, self._own = (
             processes * accumulate,
@@ -160,9 +158,7 @@ def batches(
     return iter(loader)
 
 
-def validation_batches(
-    config: ValidationConfig, data: DataConfig, textures: Textures
-) -> Iterator[TrainingBatch]:
+def validation_batches(config: ValidationConfig, data: DataConfig, textures: Textures) -> Iterator[TrainingBatch]:
     """The same rendered homographies at each call, one pair at a time."""
     pairs = HomographyPairs(textures.for_validation(), data.homographies)
     for position in range(config.pairs):
@@ -179,9 +175,7 @@ def generator_of(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
-def _open(
-    source: SourceConfig, config: DataConfig, textures: Textures
-) -> HomographyPairs | ScenePairs | LabelledPairs:
+def _open(source: SourceConfig, config: DataConfig, textures: Textures) -> HomographyPairs | ScenePairs | LabelledPairs:
     if source.kind in RENDERED:
         if source.kind == "homographies":
             return HomographyPairs(textures.training, config.homographies, weights=textures.weights)

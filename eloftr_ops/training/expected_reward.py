@@ -241,9 +241,7 @@ def reward_of_kind(
 
 
 @torch.no_grad()
-def _judge_cells(
-    drawn: SampledMatches, geometry: Geometry, config: ObjectiveConfig
-) -> tuple[_Judged, Tensor]:
+def _judge_cells(drawn: SampledMatches, geometry: Geometry, config: ObjectiveConfig) -> tuple[_Judged, Tensor]:
     """The model of each draw, and which drawn matches (B, D, K) agree with it."""
     pairs, draws, _ = drawn.valid.shape
     group = torch.arange(pairs * draws, device=drawn.valid.device)
@@ -275,9 +273,7 @@ def _pixel_losses(
         counts = torch.bincount(batch, minlength=pairs)
         of_models = _checked(reward(found), found).view(pairs, -1).to(pixels.log_probability)
         of_models = of_models * (counts >= _LEAST_WINDOWS)[:, None]
-        share = (
-            (config.sharpness * of_models).masked_fill(of_models <= 0, -torch.inf).softmax(1).nan_to_num(0)
-        )
+        share = (config.sharpness * of_models).masked_fill(of_models <= 0, -torch.inf).softmax(1).nan_to_num(0)
         worth = (share * of_models).sum(1)
         rewards = torch.zeros_like(pixels.log_probability)
         rewards[pixels.valid] = (near.to(share) * share[index]).sum(1) * worth[index]

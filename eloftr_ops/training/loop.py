@@ -130,9 +130,7 @@ class _Agreed(NamedTuple):
 class _Run:
     """A run in one process: the loop around :class:`Trainer`."""
 
-    def __init__(
-        self, config: TrainingConfig, fabric: Fabric, model: EfficientLoFTR | None, watch: Budget
-    ) -> None:
+    def __init__(self, config: TrainingConfig, fabric: Fabric, model: EfficientLoFTR | None, watch: Budget) -> None:
         self._config, self._fabric, self._watch = config, fabric, watch
         self._folder = Path(config.run.folder)
         self._textures = Textures(config.data, config.validation.hold_out, config.run.seed)
@@ -209,9 +207,7 @@ class _Run:
         reasons = [over, due, *(received == number for number in SIGNALS)]
         votes = torch.tensor([int(reason) for reason in reasons], device=self._fabric.device)
         over, due, *signals = (vote > 0 for vote in self.trainer.joined(votes).tolist())
-        return _Agreed(
-            over, due, next((int(n) for n, sent in zip(SIGNALS, signals, strict=True) if sent), None)
-        )
+        return _Agreed(over, due, next((int(n) for n, sent in zip(SIGNALS, signals, strict=True) if sent), None))
 
     def _validates_after(self, step: int) -> bool:
         every = self._config.validation.every

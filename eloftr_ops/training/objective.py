@@ -89,9 +89,7 @@ def no_labels(batch: TrainingBatch) -> Labels:
 
 
 @torch.no_grad()
-def coarse_labels(
-    matcher: EfficientLoFTR, batch: TrainingBatch, config: LossConfig, *, fine: bool = True
-) -> Labels:
+def coarse_labels(matcher: EfficientLoFTR, batch: TrainingBatch, config: LossConfig, *, fine: bool = True) -> Labels:
     """True pairs of cells from a homography or depth; from the matcher's own matches if only the pose is known."""
     grid0, grid1 = batch.grids
     kinds = set(batch.kinds.tolist())
@@ -106,9 +104,7 @@ def coarse_labels(
             found.append(pairs_from_homography(batch.H_0to1, grid0, grid1, valid, valid1))
         elif kind == DEPTH:
             found.append(
-                pairs_from_depth(
-                    batch.depth_labels(), grid0, grid1, valid, valid1, tolerance=config.depth_tolerance
-                )
+                pairs_from_depth(batch.depth_labels(), grid0, grid1, valid, valid1, tolerance=config.depth_tolerance)
             )
         elif predicted is not None:
             proposed = _chosen(predicted, valid.flatten(1)[predicted.batch, predicted.cells0])
@@ -154,9 +150,7 @@ def fine_labels(batch: TrainingBatch, labels: Labels, config: LossConfig, total:
     by_homography = (batch.kinds[windows.batch] == HOMOGRAPHY)[:, None]
     flat = window_targets_from_homography(batch.H_0to1, windows, grid0, grid1)
     if bool((batch.kinds == DEPTH).any()):
-        deep = window_targets_from_depth(
-            batch.depth_labels(), windows, grid0, grid1, tolerance=config.depth_tolerance
-        )
+        deep = window_targets_from_depth(batch.depth_labels(), windows, grid0, grid1, tolerance=config.depth_tolerance)
         flat = WindowTargets(
             torch.where(by_homography, flat.visible, deep.visible),
             torch.where(by_homography, flat.pixels1, deep.pixels1),
@@ -340,9 +334,7 @@ def _predicted_pairs(matcher: EfficientLoFTR, batch: TrainingBatch) -> CoarsePai
     return CoarsePairs(matches.batch, matches.cells0, matches.cells1)
 
 
-def _padded_windows(
-    batch: TrainingBatch, true: CoarsePairs, predicted: CoarsePairs, config: LossConfig
-) -> CoarsePairs:
+def _padded_windows(batch: TrainingBatch, true: CoarsePairs, predicted: CoarsePairs, config: LossConfig) -> CoarsePairs:
     """Ground-truth padding of each pair of images with its share of the windows."""
     share = max(1, config.windows // batch.joined)
     least = min(share, round(config.least_true * share))
@@ -350,9 +342,7 @@ def _padded_windows(
     for index, (seed, kind) in enumerate(zip(batch.seeds.tolist(), batch.kinds.tolist(), strict=True)):
         if kind != POSE:
             own = [_chosen(pairs, pairs.batch == index) for pairs in (predicted, true)]
-            parts.append(
-                pad_with_true_pairs(own[0], own[1], share, least, torch.Generator().manual_seed(seed))
-            )
+            parts.append(pad_with_true_pairs(own[0], own[1], share, least, torch.Generator().manual_seed(seed)))
     if not parts:
         return _chosen(true, true.batch < 0)
     return CoarsePairs(*(torch.cat(fields) for fields in zip(*parts, strict=True)))

@@ -223,9 +223,7 @@ def pad_with_true_pairs(
     kept = sample_pairs(predicted, count - minimum, generator)
     if len(true.batch) == 0:
         return kept
-    order = torch.randint(len(true.batch), (count - len(kept.batch),), generator=generator).to(
-        true.batch.device
-    )
+    order = torch.randint(len(true.batch), (count - len(kept.batch),), generator=generator).to(true.batch.device)
     return CoarsePairs(*(torch.cat([a, b[order]]) for a, b in zip(kept, true, strict=True)))
 
 
@@ -252,9 +250,7 @@ def _mutual_pairs(
     return CoarsePairs(batch, cells0, forward[batch, cells0])
 
 
-def _nearest_cells(
-    warp: _Warp, grid: tuple[int, int], target: tuple[int, int], like: Tensor
-) -> tuple[Tensor, Tensor]:
+def _nearest_cells(warp: _Warp, grid: tuple[int, int], target: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest target cell of every cell, (B, h * w) clamped, and whether it exists."""
     cells = torch.arange(grid[0] * grid[1], device=like.device)
     points, seen = warp(_positions(cells, grid).to(like)[None])

@@ -149,9 +149,7 @@ class Trainer:
             self.matcher.pyramid.zero_grad(set_to_none=True)
         return self._result(self.joined(sums), counts)
 
-    def _label(
-        self, batches: Sequence[TrainingBatch | None], fine: bool
-    ) -> tuple[list[Labels | None], Tensor]:
+    def _label(self, batches: Sequence[TrainingBatch | None], fine: bool) -> tuple[list[Labels | None], Tensor]:
         """Labels of the parts, and the counts (6,) of the joined batch."""
         config, objective, device = self.config.loss, self.config.objective, self.fabric.device
         if objective.kind != "supervised":
@@ -159,8 +157,7 @@ class Trainer:
             return unlabelled, self.joined(self._counted(batches, unlabelled))
         with self.fabric.autocast():
             labels = [
-                None if batch is None else coarse_labels(self.matcher, batch, config, fine=fine)
-                for batch in batches
+                None if batch is None else coarse_labels(self.matcher, batch, config, fine=fine) for batch in batches
             ]
         if fine:
             own = sum(len(found.pairs.batch) for found in labels if found is not None)

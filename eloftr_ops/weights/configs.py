@@ -150,9 +150,7 @@ def from_transformers(fields: Mapping[str, Any], source: str) -> EfficientLoFTRC
     """
     for name, fixed in _FIXED.items():
         if fields.get(name, fixed) not in (fixed, None):
-            raise ValueError(
-                f"{source}: {name}: expected {fixed!r}, which the method fixes, got {fields[name]!r}."
-            )
+            raise ValueError(f"{source}: {name}: expected {fixed!r}, which the method fixes, got {fields[name]!r}.")
     values = {ours: fields[name] for name, ours in _MAPPED.items() if fields.get(name) is not None}
     skip_softmax = fields.get("coarse_matching_skip_softmax", False)
     if not isinstance(skip_softmax, bool):
@@ -193,9 +191,7 @@ def _read_own(fields: Mapping[str, Any], source: str) -> FolderConfig:
     known = {"format", "version", "written_by", "weights", "save", "config"}
     unknown = sorted(set(fields) - known)
     if unknown:
-        raise ValueError(
-            f"{source}: unknown field(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}."
-        )
+        raise ValueError(f"{source}: unknown field(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
     _check_version(fields.get("version"), source)
     values = fields.get("config")
     if not isinstance(values, dict):
@@ -252,9 +248,7 @@ def _check_rotary(fields: Mapping[str, Any], num_heads: int, source: str) -> Non
     ):
         value = rotary.get(name, fields.get(name, default))
         if value != expected:
-            raise ValueError(
-                f"{source}: {name}: expected {expected!r} with {num_heads} heads, got {value!r}."
-            )
+            raise ValueError(f"{source}: {name}: expected {expected!r} with {num_heads} heads, got {value!r}.")
 
 
 def _dump(fields: Mapping[str, Any], indent: int | None = None) -> str:

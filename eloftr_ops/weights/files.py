@@ -73,9 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise WeightsNotFoundError(f"{path}: expected a configuration file, found none; check the path.")
     if path.stat().st_size > JSON_LIMIT:
-        raise ValueError(
-            f"{path}: expected a configuration of at most {JSON_LIMIT} bytes, got {path.stat().st_size}."
-        )
+        raise ValueError(f"{path}: expected a configuration of at most {JSON_LIMIT} bytes, got {path.stat().st_size}.")
     return parse_json(path.read_bytes(), str(path))
 
 
@@ -145,9 +143,7 @@ def _refusal(path: Path, error: Exception) -> str:
     """Why a pickle was refused. torch's own text is left out: it suggests to load the file all the same."""
     named_type = re.search(r"GLOBAL ([\w.]+)", str(error))
     reason = (
-        f"it asks for {named_type[1]}, which is not a tensor"
-        if named_type
-        else "it is damaged or no checkpoint at all"
+        f"it asks for {named_type[1]}, which is not a tensor" if named_type else "it is damaged or no checkpoint at all"
     )
     return (
         f"{path}: refused: expected a checkpoint of tensors only, but {reason}. Loading it could run code, so nothing "

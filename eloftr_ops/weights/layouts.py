@@ -74,9 +74,7 @@ def infer_config(tensors: Mapping[str, Tensor], source: str) -> EfficientLoFTRCo
             subpixel_channels=min(8, max(1, channels[1] - 1)),
         )
     except ValueError as error:
-        raise ValueError(
-            f"{source}: {error} Pass config=EfficientLoFTRConfig(...) of these weights."
-        ) from error
+        raise ValueError(f"{source}: {error} Pass config=EfficientLoFTRConfig(...) of these weights.") from error
 
 
 def build_model(

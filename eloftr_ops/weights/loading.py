@@ -102,9 +102,7 @@ class HubOptions(NamedTuple):
     local_files_only: bool
 
 
-def _find(
-    name_or_path: str | os.PathLike[str], hub: HubOptions, variant: str | None, entry: str | None
-) -> Stored:
+def _find(name_or_path: str | os.PathLike[str], hub: HubOptions, variant: str | None, entry: str | None) -> Stored:
     name, path = os.fspath(name_or_path), _expanded(name_or_path)
     named = isinstance(name_or_path, str)
     embedded = named and name in embedded_names()

@@ -91,9 +91,7 @@ def _rename(name: str, layout: WeightLayout, *, forward: bool) -> str:
     return _first_rule(name, tails, forward, lambda pattern: r"(?<=\.)" + pattern)
 
 
-def _first_rule(
-    name: str, rules: Iterable[tuple[str, str]], forward: bool, anchor: Callable[[str], str]
-) -> str:
+def _first_rule(name: str, rules: Iterable[tuple[str, str]], forward: bool, anchor: Callable[[str], str]) -> str:
     for theirs, ours in rules:
         source, target = (theirs, ours) if forward else (ours, theirs)
         pattern = re.escape(source).replace(r"\{n\}", r"(\d+)").replace(r"\{w\}", r"(\w)")

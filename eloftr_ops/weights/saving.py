@@ -143,9 +143,7 @@ def _state(model: EfficientLoFTR) -> dict[str, Tensor]:
 def _check_finite(state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"model: {name}: expected values that are finite in {tensor.dtype}, got NaN or infinity."
-            )
+            raise ValueError(f"model: {name}: expected values that are finite in {tensor.dtype}, got NaN or infinity.")
 
 
 def _check_expressible(model: EfficientLoFTR, state: Mapping[str, Tensor]) -> None:

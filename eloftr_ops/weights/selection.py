@@ -61,9 +61,7 @@ def _groups(
     if not isinstance(content, Mapping) or id(content) in seen or len(place) > _DEPTH:
         return
     seen.add(id(content))
-    tensors = {
-        key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
-    }
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if tensors:
         yield place, tensors
     for key, value in content.items():

@@ -88,9 +88,7 @@ def _read(
     return stored, read_metadata(metadata, source)
 
 
-def _weight_files(
-    fetch: Callable[[str], Path | None], weights: str, variant: str | None
-) -> list[Path] | None:
+def _weight_files(fetch: Callable[[str], Path | None], weights: str, variant: str | None) -> list[Path] | None:
     """The files that hold the weights, by the names that transformers gives them; None where there are none."""
     for name in (weights, _PICKLED) if weights == SAFETENSORS else (weights,):
         whole = fetch(_with_variant(name, variant))
@@ -105,9 +103,7 @@ def _weight_files(
 def _shards(index: Path, fetch: Callable[[str], Path | None]) -> list[Path]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise ValueError(
-            f"{index}: expected weight_map, file names by parameter, got {type(places).__name__}."
-        )
+        raise ValueError(f"{index}: expected weight_map, file names by parameter, got {type(places).__name__}.")
     names = sorted(set(places.values()))
     strange = [name for name in names if Path(name).name != name]
     if strange or not 0 < len(names) <= _MOST_SHARDS:

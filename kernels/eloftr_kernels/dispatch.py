@@ -121,9 +121,7 @@ def use_triton(op: str, reason: str | None) -> bool:
     """
     choice = chosen_backend()
     if choice == "triton" and reason is not None:
-        raise RuntimeError(
-            f"{op}: backend 'triton' cannot be honoured: {reason}; choose 'auto' or 'reference'."
-        )
+        raise RuntimeError(f"{op}: backend 'triton' cannot be honoured: {reason}; choose 'auto' or 'reference'.")
     return choice != "reference" and reason is None
 
 
@@ -309,9 +307,7 @@ def check_devices(tensors: Mapping[str, Tensor | None]) -> None:
     device = given[first].device
     for name, tensor in given.items():
         if tensor.device != device:
-            raise ValueError(
-                f"{name}: expected the device of {first}, {device}, got {tensor.device}; move it there."
-            )
+            raise ValueError(f"{name}: expected the device of {first}, {device}, got {tensor.device}; move it there.")
 
 
 def check_indices(indices: Mapping[str, tuple[Tensor, int]]) -> None:
@@ -329,9 +325,7 @@ def check_indices(indices: Mapping[str, tuple[Tensor, int]]) -> None:
             continue
         low, high = (int(bound) for bound in index.aminmax())
         if low < 0 or high >= size:
-            raise IndexError(
-                f"{name}: expected 0 to {size - 1}, got {low} to {high}; leave out what lies outside."
-            )
+            raise IndexError(f"{name}: expected 0 to {size - 1}, got {low} to {high}; leave out what lies outside.")
 
 
 def _reach(x: Tensor) -> int:

@@ -73,9 +73,7 @@ def relative(text: str, depth: int) -> str:
     changed = ABSOLUTE.sub(change, text)
     left = _REST.search(changed)
     if left:
-        raise ValueError(
-            f"{left[0].strip()}: write it as `from {PACKAGE}... import ...`, which can be made relative."
-        )
+        raise ValueError(f"{left[0].strip()}: write it as `from {PACKAGE}... import ...`, which can be made relative.")
     return changed
 
 
@@ -104,9 +102,7 @@ def package_files() -> dict[str, str]:
         files[path.relative_to(SOURCE).as_posix()] = path.read_text()
     files["layers.py"] = relative((HERE / "layers.py").read_text(), 0)
     start = files["__init__.py"]
-    files["__init__.py"] = start.replace(
-        "__all__ = [", 'from . import layers\n\n__all__ = [\n    "layers",', 1
-    )
+    files["__init__.py"] = start.replace("__all__ = [", 'from . import layers\n\n__all__ = [\n    "layers",', 1)
     return files
 
 
@@ -144,8 +140,7 @@ def _write_variant(folder: Path, files: dict[str, str], backend: str) -> None:
     }
     _write(folder, built)
     digests = {
-        name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for name, text in sorted(built.items())
+        name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for name, text in sorted(built.items())
     }
     metadata = {
         "name": NAME,

@@ -11,17 +11,13 @@ from benchmarks import record, report
 
 
 def row(name: str, median_s: float | None, **fields: object) -> dict:
-    made = record.empty_row(
-        name, "timed" if median_s else "not run", None if median_s else "it is not installed"
-    )
+    made = record.empty_row(name, "timed" if median_s else "not run", None if median_s else "it is not installed")
     if median_s:
         made |= {"median_s": median_s, "q1_s": 0.9 * median_s, "q3_s": 1.1 * median_s, "repeats": 5}
     return {**made, **fields}
 
 
-def case(
-    name: str, group: str, measure: str, baseline: str | None, rows: list, pixels: int | None = None
-) -> dict:
+def case(name: str, group: str, measure: str, baseline: str | None, rows: list, pixels: int | None = None) -> dict:
     fields = {"name": name, "group": group, "measure": measure, "baseline": baseline, "pixels": pixels}
     return {**fields, "gate": "held to the truth", "rows": rows}
 

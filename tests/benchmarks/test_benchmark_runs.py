@@ -31,11 +31,7 @@ def rows_of(suite: str, folder: Path) -> dict[str, dict[str, Any]]:
     (path,) = folder.glob(f"{suite}--*.json")
     made = record.read(path)
     assert made["quick"]
-    return {
-        f"{case['name']}, {case['measure']}: {row['name']}": row
-        for case in made["cases"]
-        for row in case["rows"]
-    }
+    return {f"{case['name']}, {case['measure']}: {row['name']}": row for case in made["cases"] for row in case["rows"]}
 
 
 def test_kernels_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,13 +65,9 @@ def test_matcher_quickly(tmp_path: Path) -> None:
     assert rows["eloftr_ops small, CUDA graph"]["reason"] == "CUDA graphs need a GPU"
 
 
-def test_cpu_quickly(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cpu_quickly(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     first, *others = cases.QUICK_CPU
-    entries = tuple(
-        name for name in first.entries if name != cases.EXPORTED
-    )  # see tests/inference/test_export.py
+    entries = tuple(name for name in first.entries if name != cases.EXPORTED)  # see tests/inference/test_export.py
     monkeypatch.setattr(cases, "QUICK_CPU", (first._replace(entries=entries), *others))
     quick = ["cpu", "--device", "cpu", "--quick", "--profile", "--json", "--output", str(tmp_path)]
     assert run.main(quick) == 0
@@ -238,9 +230,7 @@ def test_gradients_are_those_of_the_arguments_named(tmp_path: Path) -> None:
 
 def test_outputs_have_the_names_of_the_registry() -> None:
     for name, op in ops.OPS.items():
-        outputs = ops.implementation(name, "reference")(
-            **ops.arguments_of(QUICK[name, "forward"], torch.float32, CPU)
-        )
+        outputs = ops.implementation(name, "reference")(**ops.arguments_of(QUICK[name, "forward"], torch.float32, CPU))
         assert len(outputs) == len(op.outputs), name
 
 
@@ -252,9 +242,7 @@ def test_the_reason_against_triton_is_that_of_the_op(monkeypatch: pytest.MonkeyP
     case = QUICK["upsample_mlp", "forward"]
     with pytest.raises(Unavailable, match="too many channels"):
         kernels._triton(case, torch.device("cuda"))()
-    entry = next(
-        e for e in kernels.entries(case, "forward", Context(CPU, "fp32", tmp_path)) if e.name == "triton"
-    )
+    entry = next(e for e in kernels.entries(case, "forward", Context(CPU, "fp32", tmp_path)) if e.name == "triton")
     with pytest.raises(Unavailable, match="need a GPU"):
         entry.build(True)
 
@@ -391,9 +379,7 @@ def test_failures_and_spent_time_leave_a_reason(tmp_path: Path) -> None:
         raise RuntimeError("it broke\nin many lines")
 
     made = run.SUITES["kernels"](context(tmp_path))[0]
-    made = made._replace(
-        entries=lambda: [Entry(name, lambda gated, n=name: build(n)) for name in ("absent", "broken")]
-    )
+    made = made._replace(entries=lambda: [Entry(name, lambda gated, n=name: build(n)) for name in ("absent", "broken")])
     case, _ = measured(made, "kernels", tmp_path)
     assert [(row["status"], row["reason"]) for row in case["rows"]] == [
         ("not run", "it is not installed"),

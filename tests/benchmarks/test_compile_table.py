@@ -39,9 +39,7 @@ def test_instructions_are_read_from_the_code(
     code: str, matrix: str, cp_async: bool, tma: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compile_table, "_cuobjdump", lambda asm, option: "REG:40 STACK:0 LOCAL:8")
-    kernel = SimpleNamespace(
-        asm={"ptx": code, "cubin": b""}, metadata=SimpleNamespace(num_warps=4, shared=1024)
-    )
+    kernel = SimpleNamespace(asm={"ptx": code, "cubin": b""}, metadata=SimpleNamespace(num_warps=4, shared=1024))
     row = compile_table._row(kernel, ("op", "_op_fwd", "full", "fp16", "sm_90"))
     assert (row.matrix, row.cp_async, row.tma) == (matrix, cp_async, tma)
     assert (row.registers, row.spilled) == (40, 8)

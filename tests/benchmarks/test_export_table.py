@@ -21,10 +21,7 @@ def test_rows_are_exchanged_one_by_one() -> None:
         rows = export_table.merged(export_table.rows_of(page), made)
         page = export_table.replaced(page, export_table.table(rows))
     assert export_table.rows_of(page) == [row(1, operators=None), row(3, seconds=9.0)]
-    assert (
-        "| small | onnx | float32 | 480x640 | 3 | 2048 | 1.2 MB | 975 | 2732 | 99.75% within 0.01 | 9 |"
-        in page
-    )
+    assert "| small | onnx | float32 | 480x640 | 3 | 2048 | 1.2 MB | 975 | 2732 | 99.75% within 0.01 | 9 |" in page
     assert page.startswith("before\n")
     assert page.endswith("\nafter\n")
 

@@ -41,9 +41,7 @@ def test_failed_tests_are_named_with_their_reason(tmp_path: Path) -> None:
 
 
 def test_a_step_that_hangs_is_ended_and_the_next_one_runs(tmp_path: Path) -> None:
-    hanging = Step(
-        "hanging", 0.5, ["-c", "import time; print('here', flush=True); time.sleep(60)"], lambda f: []
-    )
+    hanging = Step("hanging", 0.5, ["-c", "import time; print('here', flush=True); time.sleep(60)"], lambda f: [])
     crashing = Step("crashing", 30, ["-c", "raise ValueError('broken')"], lambda f: [])
     first, second = checked(tmp_path, hanging, crashing)
     assert first["status"] == "over its limit of 0.5 s"
@@ -73,9 +71,7 @@ def test_refused_rows_are_named(tmp_path: Path) -> None:
         "cases": [{**case, "rows": [row]}],
     }
     record.write(made, tmp_path)
-    assert gpu_checks._failed_rows(tmp_path, "kernels") == [
-        "mlp, forward, triton: refused: y: error 1, allowed 0.01"
-    ]
+    assert gpu_checks._failed_rows(tmp_path, "kernels") == ["mlp, forward, triton: refused: y: error 1, allowed 0.01"]
 
 
 def test_the_limits_add_up_to_eight_minutes(tmp_path: Path) -> None:

@@ -139,9 +139,9 @@ def test_keypoints_and_homography_are_those_of_the_original_images(run: Callable
     good = torch.from_numpy(matches["inliers"])
     assert 0.75 < good.float().mean() <= 0.81
     assert number(result, "homography") == good.sum()
-    expected = transform_points(
-        torch.from_numpy(H_0to1)[None], torch.from_numpy(matches["keypoints0"]).double()[None]
-    )[0]
+    expected = transform_points(torch.from_numpy(H_0to1)[None], torch.from_numpy(matches["keypoints0"]).double()[None])[
+        0
+    ]
     torch.testing.assert_close(
         torch.from_numpy(matches["keypoints1"])[good].double(), expected[good], atol=1e-3, rtol=0
     )
@@ -272,9 +272,7 @@ def test_a_full_disk_behind_standard_output_is_one_line(run: Callable[..., Resul
 
 @pytest.mark.parametrize("suffix", [".npz", ".json", ".csv"])
 def test_no_match_is_no_error(run: Callable[..., Result], suffix: str) -> None:
-    result = run(
-        "match", *PAIR, "-o", f"out/m{suffix}", "--viz", "out/m.png", "--threshold", 1, matcher=KnownMatches
-    )
+    result = run("match", *PAIR, "-o", f"out/m{suffix}", "--viz", "out/m.png", "--threshold", 1, matcher=KnownMatches)
     assert result.exit_code == 0, result.stderr
     assert "0: no match above the threshold" in result.stdout
     assert {path.name for path in Path("out").iterdir()} == {f"m{suffix}", "m.png"}
@@ -333,17 +331,13 @@ def test_wrong_arguments_are_refused(run: Callable[..., Result]) -> None:
         ),
     ],
 )
-def test_bad_options_are_named(
-    run: Callable[..., Result], options: tuple[str, ...], parts: tuple[str, ...]
-) -> None:
+def test_bad_options_are_named(run: Callable[..., Result], options: tuple[str, ...], parts: tuple[str, ...]) -> None:
     assert_one_line_error(run("match", *PAIR, *options), *parts)
     assert list(Path("out").iterdir()) == []
 
 
 def test_a_gpu_that_is_not_there_is_refused(run: Callable[..., Result]) -> None:
-    assert_one_line_error(
-        run("match", *PAIR, "--device", f"cuda:{torch.cuda.device_count()}"), "--device", "cuda:"
-    )
+    assert_one_line_error(run("match", *PAIR, "--device", f"cuda:{torch.cuda.device_count()}"), "--device", "cuda:")
 
 
 def test_bad_images_are_named(run: Callable[..., Result]) -> None:

@@ -139,9 +139,7 @@ def test_each_estimator_is_reached_from_the_command(run: Callable[..., Result], 
 
 
 @pytest.mark.parametrize(("effort", "searched"), [("fast", False), ("thorough", True)])
-def test_an_effort_is_reached_from_the_command(
-    run: Callable[..., Result], effort: str, searched: bool
-) -> None:
+def test_an_effort_is_reached_from_the_command(run: Callable[..., Result], effort: str, searched: bool) -> None:
     asked: list[int] = []
 
     class Counted(Nothing):

@@ -30,9 +30,7 @@ def test_images_are_found_in_all_folders(tmp_path: Path) -> None:
 
 def test_large_images_are_reduced(tmp_path: Path) -> None:
     make_set(tmp_path)
-    assert {tuple(texture.shape) for texture in read_textures(tmp_path, min_side=8, max_side=30)} == {
-        (20, 30)
-    }
+    assert {tuple(texture.shape) for texture in read_textures(tmp_path, min_side=8, max_side=30)} == {(20, 30)}
 
 
 def test_a_seeded_choice_of_many(tmp_path: Path) -> None:

@@ -74,9 +74,7 @@ def test_a_path_that_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
             read(long)
 
 
-def test_files_that_unpack_to_more_than_any_depth_map(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_unpack_to_more_than_any_depth_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "_LARGEST", 100_000)
     np.savez_compressed(tmp_path / "a.npz", x=np.zeros(10**5))
     with h5py.File(tmp_path / "a.h5", "w") as file:

@@ -36,9 +36,7 @@ def seeded(seed: int) -> torch.Generator:
 
 def wave_texture(side: int, period: float) -> Tensor:
     phase = pixel_centres((side, side), torch.device("cpu")) * (2 * math.pi / period)
-    return (
-        (127.5 + 60 * torch.sin(phase[..., 0]) + 60 * torch.sin(phase[..., 1] * 0.9)).round().to(torch.uint8)
-    )
+    return (127.5 + 60 * torch.sin(phase[..., 0]) + 60 * torch.sin(phase[..., 1] * 0.9)).round().to(torch.uint8)
 
 
 def drawn_views(batch: int, seed: int) -> tuple[Views, Views]:
@@ -169,9 +167,7 @@ def test_of_two_opposite_faces_the_nearer_one_suffices() -> None:
     facets = draw_facets(6, 2, 4, seeded(4))
     K, T = _draw_cameras(facets, SIZE_HW, seeded(5), GEOMETRY)
     chosen, ids = cast_image(look(facets, K[:6], T[:6]), SIZE_HW)
-    everything, all_ids = cast_image(
-        look(facets._replace(single=facets.frames.shape[1]), K[:6], T[:6]), SIZE_HW
-    )
+    everything, all_ids = cast_image(look(facets._replace(single=facets.frames.shape[1]), K[:6], T[:6]), SIZE_HW)
     assert torch.equal(chosen, everything)
     assert (ids == all_ids).double().mean() > 0.999
 
@@ -199,12 +195,8 @@ def test_a_frontal_facet_is_a_copy_of_its_texture() -> None:
 
 def test_reduced_textures_are_averaged() -> None:
     texture = wave_texture(256, 3.0)  # finer than eight texture pixels per image pixel can show
-    reduced = ScenePairs([texture], replace(GEOMETRY, zoom=(8.0, 8.0), shading=0.0)).sample(
-        4, SIZE_HW, seeded(6)
-    )
-    magnified = ScenePairs([texture], replace(GEOMETRY, zoom=(0.5, 0.5), shading=0.0)).sample(
-        4, SIZE_HW, seeded(6)
-    )
+    reduced = ScenePairs([texture], replace(GEOMETRY, zoom=(8.0, 8.0), shading=0.0)).sample(4, SIZE_HW, seeded(6))
+    magnified = ScenePairs([texture], replace(GEOMETRY, zoom=(0.5, 0.5), shading=0.0)).sample(4, SIZE_HW, seeded(6))
     assert torch.equal(reduced.depth0, magnified.depth0)
     spread = [pair.image0[pair.depth0[:, None] > 0].std() for pair in (reduced, magnified)]
     assert spread[0] < 0.2 * spread[1]
@@ -254,9 +246,7 @@ def test_rendering_takes_no_part_in_autocast() -> None:
     expected = pairs(1, (32, 32), seeded(17))
     with torch.autocast("cpu", torch.bfloat16):
         actual = pairs(1, (32, 32), seeded(17))
-        points1, _ = reproject(
-            torch.rand(1, 9, 2) * 32, torch.full((1, 9), 4.0), actual.K0, actual.K1, actual.T_0to1
-        )
+        points1, _ = reproject(torch.rand(1, 9, 2) * 32, torch.full((1, 9), 4.0), actual.K0, actual.K1, actual.T_0to1)
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
     assert points1.dtype == torch.float32

@@ -30,9 +30,7 @@ from eloftr_ops.data import (
 )
 
 SIZE_HW = (64, 80)
-STILL = HomographyConfig(
-    rotation_sigma=0.0, scale=(1.0, 1.0), anisotropy=1.0, translation=0.0, perspective=0.0
-)
+STILL = HomographyConfig(rotation_sigma=0.0, scale=(1.0, 1.0), anisotropy=1.0, translation=0.0, perspective=0.0)
 GEOMETRY = SyntheticConfig(photometric=None)
 
 

@@ -15,9 +15,7 @@ SIZE_WH = (int(SIZE[0]), int(SIZE[1]))
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_pose_behind_wrong_matches(estimator: str) -> None:
     view = scene(1, 300, seed=3, noise=0.1, wrong=0.4)
-    T = estimate_pose(
-        view.keypoints0, view.keypoints1, view.K0[0], view.K1[0], estimator=estimator, threshold=0.5
-    )
+    T = estimate_pose(view.keypoints0, view.keypoints1, view.K0[0], view.K1[0], estimator=estimator, threshold=0.5)
     # 0.1 px is 0.01 degrees at these focal lengths; points span the image, and RANSAC stops at a minimal sample.
     errors = pose_errors(T, view.T_0to1[0])
     assert errors.largest < (1.0 if estimator == "ransac" else 0.3)
@@ -45,8 +43,7 @@ def test_any_frame_that_points_and_intrinsics_share(estimator: str) -> None:
 def test_the_same_matches_give_the_same_model(estimator: str) -> None:
     view = scene(1, 100, seed=6, noise=0.5, wrong=0.3)
     poses = [
-        estimate_pose(view.keypoints0, view.keypoints1, view.K0[0], view.K1[0], estimator=estimator)
-        for _ in range(2)
+        estimate_pose(view.keypoints0, view.keypoints1, view.K0[0], view.K1[0], estimator=estimator) for _ in range(2)
     ]
     assert torch.equal(*poses)
 

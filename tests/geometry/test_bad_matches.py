@@ -66,9 +66,7 @@ def test_weights_that_are_negative_or_not_finite(take, value: float) -> None:
 def test_batch_index_out_of_range(take, value: int) -> None:
     x0, x1, index = _matches()
     index[5] = value
-    with pytest.raises(
-        IndexError, match=rf"batch_indexes: expected values in \[0, 2\), got {value} at match 5"
-    ):
+    with pytest.raises(IndexError, match=rf"batch_indexes: expected values in \[0, 2\), got {value} at match 5"):
         take(x0, x1, index)
 
 
@@ -140,9 +138,7 @@ def test_initial_pose_without_translation_is_refused() -> None:
     views = scene(2, 10, seed=4)
     start = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
     with pytest.raises(ValueError, match="initial_0to1: expected a translation, got zero in batch element 0"):
-        relative_pose_from_matches(
-            *views.matches[:2], views.K0, views.K1, views.batch_indexes, initial_0to1=start
-        )
+        relative_pose_from_matches(*views.matches[:2], views.K0, views.K1, views.batch_indexes, initial_0to1=start)
 
 
 @pytest.mark.parametrize(

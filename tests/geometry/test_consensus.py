@@ -85,18 +85,14 @@ def test_same_seed_same_answer_without_touching_global_state() -> None:
 
 def test_nothing_carries_a_gradient() -> None:
     planar = planar_scene(1, 30, seed=6)
-    found = estimate_robust(
-        planar.keypoints0.requires_grad_(), *planar.matches[1:], batch_size=1, model="homography"
-    )
+    found = estimate_robust(planar.keypoints0.requires_grad_(), *planar.matches[1:], batch_size=1, model="homography")
     assert not found.model_0to1.requires_grad
 
 
 def test_its_inliers_as_weights_remove_the_wrong_matches() -> None:
     planar = planar_scene(3, 60, seed=7, noise=0.2, wrong=0.5)
     found = estimate_robust(*planar.matches, batch_size=3, model="homography")
-    H = homography_from_matches(
-        *planar.matches, batch_size=3, weights=found.inliers.double(), refine_steps=10
-    ).H_0to1
+    H = homography_from_matches(*planar.matches, batch_size=3, weights=found.inliers.double(), refine_steps=10).H_0to1
     corners = torch.tensor([[0.0, 0.0], [640.0, 480.0]]).double().expand(3, 2, 2)
     assert float((project(H, corners) - project(planar.H_0to1, corners)).norm(dim=-1).max()) < 2.0
 
@@ -122,9 +118,7 @@ def test_a_pair_at_which_opencv_raises_is_flagged_and_spares_the_others(
 ) -> None:
     views = scene(3, 60, seed=4)
     matches = planar_scene(3, 60, seed=4).matches if model == "homography" else views.matches
-    name = {"homography": "findHomography", "fundamental": "findFundamentalMat"}.get(
-        model, "findEssentialMat"
-    )
+    name = {"homography": "findHomography", "fundamental": "findFundamentalMat"}.get(model, "findEssentialMat")
     find = getattr(cv2, name)
     calls = []
 

@@ -105,9 +105,7 @@ def _assert_flagged(estimate: Any, inputs: list[Tensor], names: Sequence[str] = 
         assert torch.equal(matrix, identity) or not bool(matrix.any()), name
 
 
-def _assert_all_flagged(
-    estimator: Estimator, cases: dict[str, tuple[Tensor, Tensor]], dtype: torch.dtype
-) -> None:
+def _assert_all_flagged(estimator: Estimator, cases: dict[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
     """All cases are pairs of one batch."""
     index = torch.cat([torch.full((len(x0),), pair) for pair, (x0, _) in enumerate(cases.values())])
     x0, x1 = (torch.cat(side).to(dtype).requires_grad_() for side in zip(*cases.values(), strict=True))
@@ -172,9 +170,7 @@ def _well_posed() -> dict[str, tuple[Tensor, Tensor]]:
     far = x1.clone()
     far[0] = 1e5
     steep = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.01, 0.0, -1.0]]]).double()
-    on_both_sides = torch.tensor(
-        [[60.0, 20.0], [140.0, 30.0], [150.0, 160.0], [50.0, 150.0], [90.0, 90.0]]
-    ).double()
+    on_both_sides = torch.tensor([[60.0, 20.0], [140.0, 30.0], [150.0, 160.0], [50.0, 150.0], [90.0, 90.0]]).double()
     return {
         "four": (x0[:4], x1[:4]),
         "exact": (x0, x1),
@@ -191,9 +187,7 @@ def _well_posed() -> dict[str, tuple[Tensor, Tensor]]:
 
 @DTYPES
 @pytest.mark.parametrize("name", _well_posed())
-def test_hard_but_well_posed_homographies_have_finite_nonzero_gradients(
-    name: str, dtype: torch.dtype
-) -> None:
+def test_hard_but_well_posed_homographies_have_finite_nonzero_gradients(name: str, dtype: torch.dtype) -> None:
     x0, x1 = (x.to(dtype).requires_grad_() for x in _well_posed()[name])
     index = torch.zeros(x0.shape[0], dtype=torch.long)
     for kind in ("linear", "cauchy", "geman"):

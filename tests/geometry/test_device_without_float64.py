@@ -33,9 +33,7 @@ from support.two_view import planar_scene, scene
 
 PLANAR, VIEWS = planar_scene(2, 20, seed=1, noise=0.3), scene(2, 20, seed=1, noise=0.3)
 X0, X1, INDEX = PLANAR.keypoints0.float(), PLANAR.keypoints1.float(), PLANAR.batch_indexes
-V0, V1, K0, K1, T = (
-    x.float() for x in (VIEWS.keypoints0, VIEWS.keypoints1, VIEWS.K0, VIEWS.K1, VIEWS.T_0to1)
-)
+V0, V1, K0, K1, T = (x.float() for x in (VIEWS.keypoints0, VIEWS.keypoints1, VIEWS.K0, VIEWS.K1, VIEWS.T_0to1))
 H, F = PLANAR.H_0to1.float(), fundamental_from_pose(T, K0, K1)
 IMAGES = torch.rand(2, 2, 1, 32, 40, generator=torch.Generator().manual_seed(2))
 NEAR = torch.eye(3) + 0.01 * torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(3)).tril(-3)

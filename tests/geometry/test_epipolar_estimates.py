@@ -50,9 +50,7 @@ def _opencv(views: Scene) -> Tensor:
 
 def _rounded(views: Scene) -> Scene:
     """The same matches at the precision to which OpenCV rounds them."""
-    return views._replace(
-        keypoints0=views.keypoints0.float().double(), keypoints1=views.keypoints1.float().double()
-    )
+    return views._replace(keypoints0=views.keypoints0.float().double(), keypoints1=views.keypoints1.float().double())
 
 
 @ALL

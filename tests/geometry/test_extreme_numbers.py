@@ -36,9 +36,7 @@ OPTIONS = pytest.mark.parametrize(
 
 @OPTIONS
 @pytest.mark.parametrize(("scale0", "scale1"), [(HUGE, HUGE), (TINY, TINY), (HUGE, 1.0), (1.0, TINY)])
-def test_homography_of_coordinates_at_any_scale(
-    options: dict[str, Any], scale0: float, scale1: float
-) -> None:
+def test_homography_of_coordinates_at_any_scale(options: dict[str, Any], scale0: float, scale1: float) -> None:
     planar = planar_scene(2, 20, seed=1, noise=0.3)
     x0, x1, index = planar.matches
     plain = homography_from_matches(x0, x1, index, batch_size=2, robust_scale=2.0, **options)
@@ -163,7 +161,5 @@ def test_translations_at_any_scale() -> None:
     far = views.T_0to1.clone()
     far[:, :3, 3] *= 1e200
     assert torch.allclose(pose_loss(far, other.T_0to1), pose_loss(views.T_0to1, other.T_0to1), rtol=1e-9)
-    start = relative_pose_from_matches(
-        *views.matches[:2], views.K0, views.K1, views.batch_indexes, initial_0to1=far
-    )
+    start = relative_pose_from_matches(*views.matches[:2], views.K0, views.K1, views.batch_indexes, initial_0to1=far)
     assert torch.allclose(start.T_0to1, views.T_0to1, atol=1e-6)

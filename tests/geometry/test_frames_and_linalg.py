@@ -119,9 +119,7 @@ def test_chart_tangent_is_the_derivative_and_moving_lands_where_it_points(name: 
     assert int(torch.linalg.matrix_rank(chart.tangent).min()) == chart.tangent.shape[2]
     delta = 0.1 * _random(*zero.shape, seed=7)
     there, centre = chart.at(delta), chart.moved(delta).at(zero)
-    cosine = (there * centre).sum((1, 2)) / (
-        torch.linalg.matrix_norm(there) * torch.linalg.matrix_norm(centre)
-    )
+    cosine = (there * centre).sum((1, 2)) / (torch.linalg.matrix_norm(there) * torch.linalg.matrix_norm(centre))
     assert torch.allclose(cosine.abs(), torch.ones(2, dtype=torch.float64), atol=1e-12)
     if name != "homography":
         assert float(torch.linalg.det(there).abs().max()) < 1e-12

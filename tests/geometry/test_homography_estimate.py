@@ -19,9 +19,7 @@ LINEAR: dict[str, Any] = {}
 REFINED: dict[str, Any] = {"refine_steps": 20}
 CAUCHY: dict[str, Any] = {"robust": "cauchy"}
 GEMAN: dict[str, Any] = {"robust": "geman_mcclure", "robust_scale": 8.0}
-ALL = pytest.mark.parametrize(
-    "options", [LINEAR, REFINED, CAUCHY, GEMAN], ids=["linear", "refined", "cauchy", "geman"]
-)
+ALL = pytest.mark.parametrize("options", [LINEAR, REFINED, CAUCHY, GEMAN], ids=["linear", "refined", "cauchy", "geman"])
 few = settings(max_examples=8, deadline=None, derandomize=True)
 
 
@@ -58,9 +56,7 @@ def _opencv(scene: PlanarScene) -> Tensor:
 
 def _rounded(scene: PlanarScene) -> PlanarScene:
     """The same matches at the precision to which OpenCV rounds them."""
-    return scene._replace(
-        keypoints0=scene.keypoints0.float().double(), keypoints1=scene.keypoints1.float().double()
-    )
+    return scene._replace(keypoints0=scene.keypoints0.float().double(), keypoints1=scene.keypoints1.float().double())
 
 
 @pytest.mark.parametrize(("points", "options"), [(4, LINEAR), (4, REFINED), (5, REFINED), (30, REFINED)])
@@ -101,9 +97,7 @@ def test_one_match_at_1e5_does_not_move_the_robust_estimate() -> None:
     scene = planar_scene(10, 12, seed=5, noise=0.2)
     far = scene.keypoints1.clone()
     far[::12] = 1e5
-    estimate = homography_from_matches(
-        scene.keypoints0, far, scene.batch_indexes, batch_size=10, robust="cauchy"
-    )
+    estimate = homography_from_matches(scene.keypoints0, far, scene.batch_indexes, batch_size=10, robust="cauchy")
     assert float((_corners(estimate.H_0to1) - _corners(scene.H_0to1)).norm(dim=-1).max()) < 4.0
     assert float(estimate.inlier_weights[::12].max()) < 1e-6
 
@@ -151,9 +145,7 @@ def test_linear_estimate_is_twice_differentiable_and_refined_refuses() -> None:
 def test_an_initial_estimate_replaces_the_linear_start() -> None:
     scene = planar_scene(5, 40, seed=8, noise=0.5, wrong=0.4)
     near = scene.H_0to1 + torch.tensor([[0.0, 0.0, 3.0], [0.0, 0.0, -3.0], [0.0, 0.0, 0.0]])
-    estimate = homography_from_matches(
-        *scene.matches, batch_size=5, robust="geman_mcclure", initial_0to1=near
-    )
+    estimate = homography_from_matches(*scene.matches, batch_size=5, robust="geman_mcclure", initial_0to1=near)
     assert float((_corners(estimate.H_0to1) - _corners(scene.H_0to1)).norm(dim=-1).max()) < 4.0
 
 
@@ -204,9 +196,7 @@ def test_a_batch_gives_what_its_pairs_give_alone(seed: int, robust: str | None) 
     together = homography_from_matches(x0, x1, index, batch_size=3, robust=robust).H_0to1
     for pair in range(3):
         mine = index == pair
-        alone = homography_from_matches(
-            x0[mine], x1[mine], index[mine] * 0, batch_size=1, robust=robust
-        ).H_0to1
+        alone = homography_from_matches(x0[mine], x1[mine], index[mine] * 0, batch_size=1, robust=robust).H_0to1
         assert torch.allclose(_corners(alone), _corners(together[pair : pair + 1]), atol=1e-6)
 
 
@@ -271,9 +261,7 @@ def test_apply_homography_names_shapes_that_do_not_fit() -> None:
 
 def test_pairs_without_matches_are_flagged_and_leave_the_others_alone() -> None:
     scene = planar_scene(1, 10, seed=12, noise=1.0)
-    estimate = homography_from_matches(
-        scene.keypoints0, scene.keypoints1, pair_index(1, 10) + 1, batch_size=3
-    )
+    estimate = homography_from_matches(scene.keypoints0, scene.keypoints1, pair_index(1, 10) + 1, batch_size=3)
     assert estimate.valid.tolist() == [False, True, False]
     assert torch.allclose(_corners(estimate.H_0to1[1:2]), _corners(_estimate(scene)), atol=1e-9)
     assert torch.equal(estimate.H_0to1[0], torch.eye(3, dtype=torch.float64))
@@ -285,9 +273,7 @@ def test_apply_homography_keeps_its_precision_under_autocast_and_takes_two_dtype
     plain = apply_homography(H, points)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(apply_homography(H, points), plain)
-    assert torch.equal(
-        apply_homography(scene.H_0to1, points), apply_homography(scene.H_0to1, points.double())
-    )
+    assert torch.equal(apply_homography(scene.H_0to1, points), apply_homography(scene.H_0to1, points.double()))
     assert apply_homography(H.bfloat16(), points.half()).dtype is torch.float32
     # bfloat16 points are read exactly, and computed with in float32.
     rounded = points.bfloat16()

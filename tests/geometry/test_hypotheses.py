@@ -63,17 +63,13 @@ def test_right_with_half_of_the_matches_wrong(model: str) -> None:
 
 @MODELS
 @pytest.mark.parametrize("refine_steps", [0, 10])
-def test_pairs_that_determine_nothing_get_no_probability_and_no_gradient(
-    model: str, refine_steps: int
-) -> None:
+def test_pairs_that_determine_nothing_get_no_probability_and_no_gradient(model: str, refine_steps: int) -> None:
     (x0, x1, index), arguments, _ = _problem(model, 5, 30, seed=6, noise=0.3)
     x0, x1 = x0.view(5, 30, 2).clone(), x1.view(5, 30, 2).clone()
     x0[1], x1[1] = 7.0, 9.0  # one point
     line = torch.linspace(0.0, 500.0, 30, dtype=torch.float64)[:, None]
     x0[2], x1[2] = line * torch.tensor([1.0, 0.6]), line * torch.tensor([0.7, 0.2]) + 9.0
-    keep = (index != 3) & ~(
-        (index == 4) & (torch.arange(150) % 30 > 2)
-    )  # pair 3 is empty, pair 4 has three matches
+    keep = (index != 3) & ~((index == 4) & (torch.arange(150) % 30 > 2))  # pair 3 is empty, pair 4 has three matches
     leaves = [x.flatten(0, 1)[keep].requires_grad_() for x in (x0, x1)]
     weights = torch.ones_like(leaves[0][:, 0]).requires_grad_()
     found = consensus_from_matches(
@@ -82,8 +78,7 @@ def test_pairs_that_determine_nothing_get_no_probability_and_no_gradient(
     assert found.valid.tolist() == [True, False, False, False, False]
     assert float(found.probabilities[0].sum().detach()) == pytest.approx(1.0)
     loss = (
-        found.expected(found.models_0to1.flatten(2).square().sum(2) + found.scores).sum()
-        + found.inlier_weights.sum()
+        found.expected(found.models_0to1.flatten(2).square().sum(2) + found.scores).sum() + found.inlier_weights.sum()
     )
     gradients = finite_gradients(loss, [*leaves, weights])
     assert bool(gradients[0].any())
@@ -121,8 +116,7 @@ def test_the_torch_backend_agrees_with_opencv() -> None:
     for model in ("homography", "fundamental", "pose"):
         matches, arguments, truth = _problem(model, 4, 120, seed=9, noise=0.5, wrong=0.5)
         ours, theirs = (
-            estimate_robust(*matches, threshold=2.0, backend=backend, **arguments)
-            for backend in ("torch", "opencv")
+            estimate_robust(*matches, threshold=2.0, backend=backend, **arguments) for backend in ("torch", "opencv")
         )
         assert ours.valid.tolist() == theirs.valid.tolist() == [True] * 4
         right = (torch.arange(120) >= 60).repeat(4)

@@ -81,9 +81,7 @@ def test_kornias_fundamental_fails_where_ours_holds() -> None:
     assert not theirs.gradient < 1e3 * ours.gradient
 
 
-@pytest.mark.parametrize(
-    "name", ["noisy, 20 points", "exact, 20 points", "exact, 8 points", "translation along x"]
-)
+@pytest.mark.parametrize("name", ["noisy, 20 points", "exact, 20 points", "exact, 8 points", "translation along x"])
 def test_both_fundamental_matrices_have_the_same_gradient_where_well_posed(name: str) -> None:
     ours, theirs = (
         hard.observe(FUNDAMENTALS[name], hard.FUNDAMENTAL_ESTIMATORS[which], False).gradient

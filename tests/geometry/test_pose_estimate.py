@@ -97,9 +97,7 @@ def test_gradient_agrees_with_finite_differences(options: dict[str, Any]) -> Non
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
 
     def motion(x0: Tensor, x1: Tensor, w: Tensor, focal: Tensor) -> tuple[Tensor, ...]:
-        K1 = torch.stack([focal, zero, 320 * one, zero, focal, 240 * one, zero, zero, one], dim=1).view(
-            1, 3, 3
-        )
+        K1 = torch.stack([focal, zero, 320 * one, zero, focal, 240 * one, zero, zero, one], dim=1).view(1, 3, 3)
         estimate = relative_pose_from_matches(x0, x1, views.K0, K1, views.batch_indexes, weights=w, **options)
         pose = estimate.T_0to1[:, :3]
         return (pose, estimate.inlier_weights) if "robust" in options else (pose,)
@@ -113,9 +111,7 @@ def test_gradient_is_right_at_an_exact_fit(options: dict[str, Any]) -> None:
     views = scene(1, 9, seed=7)
 
     def motion(x0: Tensor, x1: Tensor) -> Tensor:
-        return relative_pose_from_matches(x0, x1, views.K0, views.K1, views.batch_indexes, **options).T_0to1[
-            :, :3
-        ]
+        return relative_pose_from_matches(x0, x1, views.K0, views.K1, views.batch_indexes, **options).T_0to1[:, :3]
 
     check_gradients(motion, [views.keypoints0, views.keypoints1], eps=1e-3, rtol=1e-3, atol=1e-5)
 
@@ -179,10 +175,7 @@ def test_poses_compose_along_a_chain_of_cameras(seed: int) -> None:
     second = scene(1, 16, seed=seed + 1000)
     # The points of the first scene, seen by a third camera that moves on by the second scene's motion.
     T_01, T_12 = first.T_0to1, second.T_0to1
-    x0h = (
-        torch.cat([first.keypoints0, torch.ones(16, 1, dtype=torch.float64)], 1)
-        @ torch.linalg.inv(first.K0[0]).T
-    )
+    x0h = torch.cat([first.keypoints0, torch.ones(16, 1, dtype=torch.float64)], 1) @ torch.linalg.inv(first.K0[0]).T
     depth = torch.linspace(4.0, 8.0, 16, dtype=torch.float64)[torch.randperm(16)][:, None]
     X0 = x0h * depth
     X1 = X0 @ T_01[0, :3, :3].T + T_01[0, :3, 3]

@@ -25,9 +25,7 @@ def _ragged_batch(views: Any, keep: list[int]) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("robust", [None, "cauchy"])
-def test_pieces_change_neither_values_nor_gradients(
-    robust: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pieces_change_neither_values_nor_gradients(robust: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     keep = [600, 12, 0, 150, 3, 9]
     planar, views = planar_scene(6, 600, seed=1, noise=0.3), scene(6, 600, seed=1, noise=0.3)
     results = []
@@ -49,9 +47,7 @@ def test_pieces_change_neither_values_nor_gradients(
                 found = estimate(x0, x1, index, batch_size=6, weights=weights, robust=robust)
             assert found.valid.tolist() == [True, True, False, True, False, True]
             right = found.valid[index]
-            gradients = torch.autograd.grad(
-                found[0].sum() + (found.inlier_weights * right).sin().sum(), (x0, weights)
-            )
+            gradients = torch.autograd.grad(found[0].sum() + (found.inlier_weights * right).sin().sum(), (x0, weights))
             assert all(bool(g.any()) for g in gradients)
             fields += [*found[:4], found.inlier_weights[right], *gradients]
         results.append(fields)

@@ -18,12 +18,8 @@ PLANAR, VIEWS = planar_scene(2, 12, seed=0, noise=0.5), scene(2, 12, seed=0, noi
 ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: homography_from_matches(x, *PLANAR.matches[1:], batch_size=2).H_0to1,
     "robust": lambda x: homography_from_matches(x, *PLANAR.matches[1:], batch_size=2, robust="cauchy").H_0to1,
-    "fundamental": lambda x: (
-        fundamental_from_matches(x, *VIEWS.matches[1:], batch_size=2, refine_steps=5).F_0to1
-    ),
-    "pose": lambda x: (
-        relative_pose_from_matches(x, VIEWS.keypoints1, VIEWS.K0, VIEWS.K1, VIEWS.batch_indexes).T_0to1
-    ),
+    "fundamental": lambda x: fundamental_from_matches(x, *VIEWS.matches[1:], batch_size=2, refine_steps=5).F_0to1,
+    "pose": lambda x: relative_pose_from_matches(x, VIEWS.keypoints1, VIEWS.K0, VIEWS.K1, VIEWS.batch_indexes).T_0to1,
 }
 
 

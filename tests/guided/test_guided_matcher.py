@@ -89,10 +89,7 @@ class Centroid:
         height, width = image.shape[-2:]
         ys, xs = (torch.arange(side, dtype=image.dtype) + 0.5 for side in (height, width))
         mass = image.sum((1, 2, 3))
-        return (
-            torch.stack([(image[:, 0].sum(1) * xs).sum(1), (image[:, 0].sum(2) * ys).sum(1)], 1)
-            / mass[:, None]
-        )
+        return torch.stack([(image[:, 0].sum(1) * xs).sum(1), (image[:, 0].sum(2) * ys).sum(1)], 1) / mass[:, None]
 
 
 def turned(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,9 +118,7 @@ def test_one_look_is_the_matcher_itself(small: EfficientLoFTR, photograph: Tenso
 
 
 @pytest.mark.parametrize("change", ["turned", "reduced"])
-def test_the_search_finds_what_one_look_does_not(
-    small: EfficientLoFTR, photograph: Tensor, change: str
-) -> None:
+def test_the_search_finds_what_one_look_does_not(small: EfficientLoFTR, photograph: Tensor, change: str) -> None:
     other, H = turned(photograph) if change == "turned" else reduced(photograph, 3)
     tolerance = 2.0 if change == "turned" else 1.0
     plain = small({"image0": photograph, "image1": other})

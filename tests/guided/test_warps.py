@@ -107,9 +107,7 @@ def test_a_view_shows_all_of_the_image(tilt: float, degrees: float, zoom: float,
 
 
 def test_points_behind_the_camera_lie_nowhere() -> None:
-    matrix = torch.tensor(
-        [[1.0, 0, 0], [0, 1, 0], [-0.02, 0, 1]], dtype=torch.float64
-    )  # the horizon is x = 50
+    matrix = torch.tensor([[1.0, 0, 0], [0, 1, 0], [-0.02, 0, 1]], dtype=torch.float64)  # the horizon is x = 50
     mapped = Warp(matrix, SIZE).to_image(torch.tensor([[40.0, 10.0], [50.0, 10.0], [60.0, 10.0]]))
     assert torch.isfinite(mapped).all()
     assert (mapped[0] > 0).all()

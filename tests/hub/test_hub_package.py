@@ -77,9 +77,7 @@ def test_ops_have_a_namespace_of_their_own(loaded: Any, package: Path) -> None:
         assert hasattr(own, name)
         assert hasattr(torch.ops.eloftr, name)  # beside those of the installed package
     assert loaded.aggregated_attention is not eloftr_kernels.aggregated_attention
-    assert not [
-        name for name in sys.modules if name.startswith(metadata["id"] + ".") and "eloftr_ops" in name
-    ]
+    assert not [name for name in sys.modules if name.startswith(metadata["id"] + ".") and "eloftr_ops" in name]
 
 
 def test_metadata_are_what_the_library_reads(package: Path) -> None:

@@ -61,9 +61,7 @@ def test_bands_are_even_and_at_least_four_halos_high(height: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["gradient", "compiling"])
-def test_the_definition_runs_with_gradient_and_while_compiling(
-    mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_definition_runs_with_gradient_and_while_compiling(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where an engine must not interfere a batch is one batch: the images go through the backbone together."""
     model, sizes = tiny_model(), []
     model.backbone.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))

@@ -226,9 +226,7 @@ def test_a_capture_that_fails_is_reported_once_and_costs_no_match() -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     pair.fast.cuda_graphs = CudaGraphs(backend=RecordingBackend(fail))
-    with pytest.warns(
-        RuntimeWarning, match="CUDA graphs are off, a capture failed: RuntimeError: operation not"
-    ):
+    with pytest.warns(RuntimeWarning, match="CUDA graphs are off, a capture failed: RuntimeError: operation not"):
         pair.assert_same(images())
     reason = "a capture failed: RuntimeError: operation not permitted when stream is capturing"
     assert pair.fast.cuda_graphs.why_not(CPU) == reason
@@ -284,9 +282,7 @@ def halve_in_place(matcher: EfficientLoFTR) -> None:
 
 
 def load(matcher: EfficientLoFTR) -> None:
-    matcher.load_state_dict(
-        tiny_model(1, border_removal=0, num_layers=1).optimize_for_inference().state_dict()
-    )
+    matcher.load_state_dict(tiny_model(1, border_removal=0, num_layers=1).optimize_for_inference().state_dict())
 
 
 def load_by_assignment(matcher: EfficientLoFTR) -> None:

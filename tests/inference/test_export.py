@@ -112,9 +112,7 @@ def test_the_python_client_needs_no_torch(onnx_report: ExportReport, tmp_path: P
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     rows = np.loadtxt(tmp_path / "matches.csv", delimiter=",", skiprows=1)
-    images = [
-        Image.open(tmp_path / f"{side}.png").resize((96, 64), Image.Resampling.LANCZOS) for side in "01"
-    ]
+    images = [Image.open(tmp_path / f"{side}.png").resize((96, 64), Image.Resampling.LANCZOS) for side in "01"]
     gray = [torch.tensor(np.asarray(image)) / 255 for image in images]
     with torch.no_grad():
         found = small_matcher()({f"image{side}": x[None, None] for side, x in enumerate(gray)})
@@ -124,9 +122,7 @@ def test_the_python_client_needs_no_torch(onnx_report: ExportReport, tmp_path: P
     assert (distance < 0.02).float().mean() >= 0.98
 
 
-def test_the_command_writes_a_program_with_masks_and_two_sizes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_writes_a_program_with_masks_and_two_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EfficientLoFTR, "from_pretrained", lambda *_: small_matcher())
     file = tmp_path / "model.pt2"
     options = [
@@ -199,9 +195,7 @@ def test_a_file_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setitem(exporting._WRITERS, "torch-export", write)
     monkeypatch.setattr(exporting, "_traced", lambda *_, **__: None)
-    with pytest.raises(
-        ExportError, match=r"shares 0\.0% of the matches with its matcher, expected at least 99\.5%"
-    ):
+    with pytest.raises(ExportError, match=r"shares 0\.0% of the matches with its matcher, expected at least 99\.5%"):
         export(small_matcher(), old, format="torch-export", size=SIZE, max_matches=CELLS)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["an older export"]
 
@@ -219,9 +213,7 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_too_few_matches_prove_nothing(tmp_path: Path) -> None:
-    with pytest.raises(
-        ExportError, match="finds 0 matches on the images that check the graph, expected at least 20"
-    ):
+    with pytest.raises(ExportError, match="finds 0 matches on the images that check the graph, expected at least 20"):
         export(tiny_model(threshold=1.0), tmp_path / "model.onnx", size=SIZE, max_matches=CELLS)
     assert not list(tmp_path.iterdir())
 
@@ -262,9 +254,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_is_refused_before_any_work(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_is_refused_before_any_work(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, error, words = BAD[case]
     options = {"format": "onnx", "size": SIZE, "max_matches": CELLS, "path": "model.onnx", **changes}
     if options["format"] == "aoti":

@@ -16,9 +16,7 @@ from support.ops import spy
 EPS = torch.finfo(torch.float32).eps
 
 
-def convolution(
-    channels_in: int = 96, channels_out: int = 96, *, bias: bool = True, seed: int = 0
-) -> nn.Conv2d:
+def convolution(channels_in: int = 96, channels_out: int = 96, *, bias: bool = True, seed: int = 0) -> nn.Conv2d:
     torch.manual_seed(seed)
     return nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=bias).requires_grad_(False)
 

@@ -78,9 +78,7 @@ def test_tests_of_the_patch(tester: Any, name: str) -> None:
 
 def test_every_test_of_the_patch_is_run(tester: Any) -> None:
     (mark,) = [mark for mark in test_tests_of_the_patch.pytestmark if mark.name == "parametrize"]  # type: ignore[attr-defined]
-    assert {f"test_{name}" for name in mark.args[1]} == {
-        name for name in dir(tester) if name.startswith("test_")
-    }
+    assert {f"test_{name}" for name in mark.args[1]} == {name for name in dir(tester) if name.startswith("test_")}
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -112,9 +110,7 @@ def test_patch_needs_torch_and_kornia_alone(patch: Path) -> None:
 def test_what_the_patch_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"coarse\.py: the patch has no file for 'import eloftr_kernels'"):
         build.relative("import eloftr_kernels\n", "coarse.py")
-    assert (
-        build.relative("from eloftr_kernels import dispatch\n", "ops/a/cpu.py") == "from .. import dispatch\n"
-    )
+    assert build.relative("from eloftr_kernels import dispatch\n", "ops/a/cpu.py") == "from .. import dispatch\n"
     assert build.relative("from eloftr_ops.model.fine import f\n", "matcher.py") == "from .fine import f\n"
     build.check_imports({"a.py": "from .ops import b\n", "ops/__init__.py": "from ..a import c\n"})
     with pytest.raises(ValueError, match=r"ops/a\.py: the patch has no file ops/b\.py"):

@@ -134,9 +134,7 @@ def test_glue_factory_gets_batches(
         model.loss(pred, data)
 
 
-def test_glue_factory_limits_each_pair(
-    monkeypatch: pytest.MonkeyPatch, images: tuple[Tensor, Tensor]
-) -> None:
+def test_glue_factory_limits_each_pair(monkeypatch: pytest.MonkeyPatch, images: tuple[Tensor, Tensor]) -> None:
     toolboxes.module(monkeypatch, "gluefactory.models.base_model", BaseModel=toolboxes.GlueFactoryModel)
     adapter = importlib.reload(importlib.import_module("eloftr_ops.integrations.glue_factory"))
     data = {"view0": {"image": images[0]}, "view1": {"image": images[1]}}
@@ -144,9 +142,7 @@ def test_glue_factory_limits_each_pair(
         pred = adapter.model_class()({"max_num_matches": 30}).eval()(data)
         everything = adapter.model_class()({}).eval()(data)
     assert pred["matches0"].shape == (1, 30)
-    assert (
-        pred["matching_scores0"].min() >= everything["matching_scores0"][0].sort(descending=True).values[29]
-    )
+    assert pred["matching_scores0"].min() >= everything["matching_scores0"][0].sort(descending=True).values[29]
     with pytest.raises(ArgumentError, match="max_num_matches: expected at least 1"):
         adapter.model_class()({"max_num_matches": 0}).eval()(data)
 
@@ -173,9 +169,7 @@ def test_gray_and_the_most_confident() -> None:
     image = torch.rand(2, 3, 4, 5)
     expected = 0.299 * image[:, 0] + 0.587 * image[:, 1] + 0.114 * image[:, 2]
     torch.testing.assert_close(to_gray(image)[:, 0], expected)
-    with pytest.raises(
-        ArgumentError, match=r"image: expected \(B, 1, H, W\) or \(B, 3, H, W\), got \(2, 4, 4, 5\)"
-    ):
+    with pytest.raises(ArgumentError, match=r"image: expected \(B, 1, H, W\) or \(B, 3, H, W\), got \(2, 4, 4, 5\)"):
         to_gray(torch.rand(2, 4, 4, 5))
     confidence = torch.tensor([0.3, 0.9, 0.3, 0.5])
     assert most_confident(confidence, 3).tolist() == [0, 1, 3]

@@ -38,9 +38,7 @@ def test_the_entropy_term_goes_up_the_entropy() -> None:
     logits = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64, requires_grad=True)
     log_p = logits.log_softmax(0)
     (expected,) = torch.autograd.grad(0.1 * (log_p.exp() * log_p).sum(), logits, retain_graph=True)
-    losses = expected_reward_loss(
-        log_p[:, None], torch.zeros(3, 1, dtype=torch.float64), entropy=0.1, reduction="none"
-    )
+    losses = expected_reward_loss(log_p[:, None], torch.zeros(3, 1, dtype=torch.float64), entropy=0.1, reduction="none")
     (found,) = torch.autograd.grad((log_p.detach().exp() * losses).sum(), logits)
     torch.testing.assert_close(found, expected)
 
@@ -70,9 +68,7 @@ def test_rewards_of_matches() -> None:
 def test_rewards_of_models() -> None:
     H = torch.eye(3).repeat(3, 1, 1)
     H[1, 0, 2] = 8.0
-    found = Candidates(
-        H, torch.tensor([True, True, False]), torch.tensor([0, 0, 1]), torch.tensor([1.0, 0.525, 1.0])
-    )
+    found = Candidates(H, torch.tensor([True, True, False]), torch.tensor([0, 0, 1]), torch.tensor([1.0, 0.525, 1.0]))
     truth = torch.eye(3).repeat(2, 1, 1)
     reward = homography_reward(found, truth, (64, 64), scale=16.0)
     torch.testing.assert_close(reward, torch.tensor([1.0, 0.5, 0.0]), atol=1e-3, rtol=0)

@@ -37,9 +37,7 @@ def test_corner_error_is_the_mean_distance_of_the_corners() -> None:
     corners = torch.tensor([[0.0, 0.0], [640.0, 0.0], [640.0, 480.0], [0.0, 480.0]]).double().expand(3, 4, 2)
     expected = (project(estimate, corners) - project(truth, corners)).norm(dim=-1).mean(1)
     assert torch.allclose(corner_error_loss(estimate, truth, SIZE_HW, **EXACT), expected, atol=1e-7)
-    assert torch.allclose(
-        corner_error_loss(-3.0 * estimate, 0.2 * truth, SIZE_HW, **EXACT), expected, atol=1e-7
-    )
+    assert torch.allclose(corner_error_loss(-3.0 * estimate, 0.2 * truth, SIZE_HW, **EXACT), expected, atol=1e-7)
     assert torch.allclose(corner_error_loss(estimate, truth, SIZE_HW), expected.mean(), atol=0.011)
 
 
@@ -50,9 +48,7 @@ def test_shift_of_three_and_four_pixels_costs_five() -> None:
 
 def test_corner_error_gradient_agrees_with_finite_differences() -> None:
     estimate, truth = _homographies()
-    check_gradients(
-        lambda a, b: corner_error_loss(a, b, SIZE_HW, reduction="none"), [estimate, truth], eps=1e-7
-    )
+    check_gradients(lambda a, b: corner_error_loss(a, b, SIZE_HW, reduction="none"), [estimate, truth], eps=1e-7)
     check_gradients(
         lambda a: corner_error_loss(a, truth, SIZE_HW, saturation=20.0, reduction="none"),
         [estimate],
@@ -121,9 +117,7 @@ def test_confidence_of_a_wrong_match_is_pushed_down_and_scale_is_not_rewarded() 
     (gradient,) = torch.autograd.grad(loss, weights)
     assert float(gradient[0]) > 0
     assert bool((gradient[1:] < 0).all())
-    smaller = symmetric_transfer_loss(
-        planar.keypoints0, wrong, planar.batch_indexes, planar.H_0to1, 0.1 * weights
-    )
+    smaller = symmetric_transfer_loss(planar.keypoints0, wrong, planar.batch_indexes, planar.H_0to1, 0.1 * weights)
     assert torch.allclose(smaller, loss)
 
 
@@ -157,9 +151,7 @@ def test_reduction_is_over_valid_pairs_and_empty_is_zero() -> None:
     valid = torch.tensor([True, False, True])
     options: dict[str, Any] = {"valid": valid}
     assert torch.equal(corner_error_loss(estimate, truth, SIZE_HW, **options), each[[0, 2]].mean())
-    assert torch.equal(
-        corner_error_loss(estimate, truth, SIZE_HW, reduction="sum", **options), each[[0, 2]].sum()
-    )
+    assert torch.equal(corner_error_loss(estimate, truth, SIZE_HW, reduction="sum", **options), each[[0, 2]].sum())
     masked = corner_error_loss(estimate, truth, SIZE_HW, reduction="none", **options)
     assert float(masked[1].detach()) == 0.0
     (gradient,) = torch.autograd.grad(masked.sum(), estimate)

@@ -63,9 +63,7 @@ def test_descending_finds_the_shift() -> None:
     image0, image1 = _texture(32, 40), _texture(32, 40, shift=(1.4, -0.8))
     shift = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     for _ in range(150):
-        H = torch.eye(3, dtype=torch.float64)[None] + torch.nn.functional.pad(
-            shift[None, :, None], (2, 0, 0, 1)
-        )
+        H = torch.eye(3, dtype=torch.float64)[None] + torch.nn.functional.pad(shift[None, :, None], (2, 0, 0, 1))
         (gradient,) = torch.autograd.grad(photometric_loss(image0, image1, H), shift)
         with torch.no_grad():
             shift -= 0.3 * gradient

@@ -18,9 +18,7 @@ EYE = torch.eye(3, dtype=torch.float64)[None]
 few = settings(max_examples=25, deadline=None, derandomize=True)
 
 
-def _pose(
-    angle: float, t: tuple[float, float, float] = (0.0, 0.0, 1.0), dtype: torch.dtype = torch.float64
-) -> Tensor:
+def _pose(angle: float, t: tuple[float, float, float] = (0.0, 0.0, 1.0), dtype: torch.dtype = torch.float64) -> Tensor:
     T = torch.eye(4, dtype=dtype)[None].clone()
     T[:, :3, :3] = rotation(angle * AXIS)
     T[:, :3, 3] = torch.tensor(t)
@@ -70,11 +68,7 @@ def test_direction_angle_ignores_length_and_on_request_sign() -> None:
 @pytest.mark.parametrize("case", ["equal", "opposite", "zero", "both zero", "huge"])
 def test_direction_angle_is_finite_everywhere(case: str) -> None:
     a = torch.tensor([[0.0, 1.0, 0.0]])
-    b = (
-        {"equal": a, "opposite": -a, "zero": 0 * a, "both zero": 0 * a, "huge": 1e30 * a}[case]
-        .clone()
-        .requires_grad_()
-    )
+    b = {"equal": a, "opposite": -a, "zero": 0 * a, "both zero": 0 * a, "huge": 1e30 * a}[case].clone().requires_grad_()
     a = (0 * a if case == "both zero" else a).requires_grad_()
     angle = translation_direction_angle(a, b)
     assert float(angle.detach()) == pytest.approx(math.pi if case == "opposite" else 0.0)

@@ -31,8 +31,6 @@ def test_picking_positions_first_is_the_strided_convolution() -> None:
 def test_a_training_step_at_a_size_that_corrupted_memory() -> None:
     """In a process of its own: the fault aborts it."""
     tests = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINING_STEP], cwd=tests, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", TRAINING_STEP], cwd=tests, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["finite", "True"]

@@ -120,15 +120,11 @@ def test_unknown_mode() -> None:
 @given(
     shapes=st.tuples(*[st.lists(st.integers(0, 70), min_size=0, max_size=5)] * 2),
     channels=st.sampled_from([None, 1]),
-    dtype=st.sampled_from(
-        [torch.float32, torch.float64, torch.uint8, torch.bool, torch.int64, torch.complex64]
-    ),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.uint8, torch.bool, torch.int64, torch.complex64]),
     scale=st.sampled_from([1.0, 255.0, float("nan")]),
     mask=st.sampled_from([None, "ones", "random", "wrong"]),
 )
-def test_fuzz_gives_results_or_documented_errors(
-    shapes: tuple, channels: int | None, dtype, scale, mask
-) -> None:
+def test_fuzz_gives_results_or_documented_errors(shapes: tuple, channels: int | None, dtype, scale, mask) -> None:
     """Any tensors at all: a ValueError or TypeError with the argument's name, or finite matches on the images."""
     data = {}
     for side, shape in zip("01", shapes, strict=True):
@@ -137,9 +133,7 @@ def test_fuzz_gives_results_or_documented_errors(
     if mask:
         shape0 = data["image0"].shape
         own = (*shape0[:1], *shape0[2:])
-        data["mask0"] = {"ones": torch.ones(own), "random": torch.rand(own) > 0.5, "wrong": torch.ones(3)}[
-            mask
-        ]
+        data["mask0"] = {"ones": torch.ones(own), "random": torch.rand(own) > 0.5, "wrong": torch.ones(3)}[mask]
     out, message = None, ""
     try:
         with torch.no_grad():
@@ -176,9 +170,7 @@ def test_bad_config_values_are_refused(field: str, value: object) -> None:
         EfficientLoFTRConfig().replace(**{field: value})
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("num_layers", 2.0), ("threshold", "high"), ("round_rotary", 1)]
-)
+@pytest.mark.parametrize(("field", "value"), [("num_layers", 2.0), ("threshold", "high"), ("round_rotary", 1)])
 def test_bad_config_types_are_refused(field: str, value: object) -> None:
     with pytest.raises(TypeError, match=field):
         EfficientLoFTRConfig().replace(**{field: value})

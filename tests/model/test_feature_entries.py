@@ -54,9 +54,7 @@ def test_kornia_s_name_is_the_authors_release(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_other_first_arguments_are_named() -> None:
-    with pytest.raises(
-        TypeError, match="config: expected an EfficientLoFTRConfig or a name of weights, got dict"
-    ):
+    with pytest.raises(TypeError, match="config: expected an EfficientLoFTRConfig or a name of weights, got dict"):
         EfficientLoFTR({"backbone_type": "ResNetFPN_8_2"})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="fused: expected False with weights"):
         EfficientLoFTR("small", fused=True)

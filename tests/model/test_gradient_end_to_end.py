@@ -54,9 +54,7 @@ def test_a_few_steps_go_down_the_loss_of_their_own_batch() -> None:
     geometry = HomographyConfig(
         rotation_sigma=5.0, scale=(0.9, 1.1), translation=0.05, perspective=0.05, min_overlap=0.6
     )
-    source = HomographyPairs(
-        textures(), SyntheticConfig(homography=geometry, photometric=None, zoom=(0.8, 1.2))
-    )
+    source = HomographyPairs(textures(), SyntheticConfig(homography=geometry, photometric=None, zoom=(0.8, 1.2)))
     batch = source.sample(2, (160, 160), torch.Generator().manual_seed(0))
     image1 = gaussian_blur2d(batch.image1, (13, 13), (2.0, 2.0))
     parameters = list(model.parameters())
@@ -74,12 +72,8 @@ def test_a_few_steps_go_down_the_loss_of_their_own_batch() -> None:
 @pytest.mark.parametrize("mode", ["hard", "straight_through", "soft"])
 def test_every_stage_learns_from_the_homography(small: EfficientLoFTR, mode: str, robust: str | None) -> None:
     image0, image1 = texture_pair(5, 3)
-    objective = homography_objective(
-        small, image0, image1, shift(4.5, 3.5), EndToEndConfig(mode=mode, robust=robust)
-    )
-    stages = {
-        name: list(getattr(small, name).parameters()) for name in ("backbone", "transformer", "pyramid")
-    }
+    objective = homography_objective(small, image0, image1, shift(4.5, 3.5), EndToEndConfig(mode=mode, robust=robust))
+    stages = {name: list(getattr(small, name).parameters()) for name in ("backbone", "transformer", "pyramid")}
     found = iter(torch.autograd.grad(objective.loss, [p for ps in stages.values() for p in ps]))
     for parameters in stages.values():
         gradients = [next(found) for _ in parameters]
@@ -92,9 +86,7 @@ def test_a_pair_that_determines_nothing_costs_nothing(small: EfficientLoFTR) -> 
     black = torch.zeros_like(image0)
     truth = shift(5, 3)
     alone = homography_objective(small, image0, image1, truth)
-    both = homography_objective(
-        small, torch.cat([image0, black]), torch.cat([image1, black]), truth.repeat(2, 1, 1)
-    )
+    both = homography_objective(small, torch.cat([image0, black]), torch.cat([image1, black]), truth.repeat(2, 1, 1))
     assert both.valid.tolist() == [True, False]
     assert float(both.per_pair[1].detach()) == 0
     torch.testing.assert_close(both.loss, alone.loss, rtol=1e-2, atol=1e-3)

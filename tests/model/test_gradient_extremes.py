@@ -63,8 +63,7 @@ def test_exact_ties_between_cells_and_between_pixels() -> None:
     features0, features1, coarse = coarse_stage(model, {"image0": image, "image1": image})
     flat = [torch.ones_like(x).requires_grad_() for x in (coarse.coarse0, coarse.coarse1)]
     features = [
-        f._replace(half=torch.ones_like(f.half), quarter=torch.ones_like(f.quarter))
-        for f in (features0, features1)
+        f._replace(half=torch.ones_like(f.half), quarter=torch.ones_like(f.quarter)) for f in (features0, features1)
     ]
     tied = match_cells(*flat, None, None, model.config)
     for mode in MODES:
@@ -87,9 +86,7 @@ def test_one_match(mode: str) -> None:
     image0 = random_images(1, *SIZE)
     image1 = image0.roll((3, 5), (-2, -1))
     with torch.no_grad():
-        best, second = (
-            model({"image0": image0, "image1": image1})["confidence"].sort(descending=True).values[:2]
-        )
+        best, second = model({"image0": image0, "image1": image1})["confidence"].sort(descending=True).values[:2]
     assert best > second
     model = tiny_model(border_removal=1, threshold=float(best + second) / 2)
     count, found = gradients(model, image0, image1, mode)

@@ -110,9 +110,7 @@ def smooth_pair() -> dict[str, Tensor]:
     return {"image0": image0, "image1": 0.8 * image0.roll((3, 5), (-2, -1)) + 0.1}
 
 
-def gradients(
-    model: EfficientLoFTR, data: dict[str, Tensor], output: str, mode: str
-) -> dict[str, list[Tensor | None]]:
+def gradients(model: EfficientLoFTR, data: dict[str, Tensor], output: str, mode: str) -> dict[str, list[Tensor | None]]:
     """Gradient of a random projection of an output, for each of INPUTS; None where autograd knows no path."""
     inputs = {name: [data[name]] for name in ("image0", "image1")}
     inputs |= {name: list(getattr(model, name).parameters()) for name in INPUTS[2:]}

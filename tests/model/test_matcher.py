@@ -100,9 +100,7 @@ def test_a_batch_without_gradient_is_matched_pair_by_pair_on_a_cpu(model: Effici
     height1=st.integers(32, 150),
     width1=st.integers(32, 150),
 )
-def test_any_size_gives_keypoints_on_both_images(
-    height0: int, width0: int, height1: int, width1: int
-) -> None:
+def test_any_size_gives_keypoints_on_both_images(height0: int, width0: int, height1: int, width1: int) -> None:
     model = tiny_model(border_removal=0)
     data = _pair(1, (height0, width0), (height1, width1))
     out = _run(model, data)

@@ -144,9 +144,7 @@ def test_reparameterised_branches_agree_with_the_training_form(model: EfficientL
 
 def _column_maxima(coarse: CoarseOutput, config: EfficientLoFTRConfig) -> torch.Tensor:
     cells1 = torch.arange(coarse.nearest.nearest10.shape[1])
-    return pair_confidence(
-        coarse.scores, torch.zeros_like(cells1), coarse.nearest.nearest10[0], cells1, config
-    )[None]
+    return pair_confidence(coarse.scores, torch.zeros_like(cells1), coarse.nearest.nearest10[0], cells1, config)[None]
 
 
 def _match(model: EfficientLoFTR, image0: torch.Tensor, image1: torch.Tensor, **masks: torch.Tensor) -> dict:

@@ -33,9 +33,7 @@ def test_log_probabilities_are_the_confidences_and_points_lie_in_their_windows()
     scores = coarse_stage(model, {"image0": image0, "image1": image1}).coarse.scores
     dense = dense_scores(scores.features0, scores.features1, model.config.temperature)
     dense = dense.log_softmax(1) + dense.log_softmax(2)
-    torch.testing.assert_close(
-        drawn.log_probability, dense[0, drawn.cells0, drawn.cells1], rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(drawn.log_probability, dense[0, drawn.cells0, drawn.cells1], rtol=1e-4, atol=1e-4)
     for points, cells, width in ((drawn.keypoints0, drawn.cells0, 12), (drawn.keypoints1, drawn.cells1, 8)):
         assert torch.equal(points, 8.0 * torch.stack([cells % width, cells // width], -1))
     points0, points1, log_probability, _ = _pixels(drawn)

@@ -128,9 +128,7 @@ def test_it_compiles_as_one_graph() -> None:
     compiled = torch.compile(model.match_static, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for batch in (2, 3):
-            got, expected = (
-                match(**_pair(batch), max_matches=50) for match in (compiled, model.match_static)
-            )
+            got, expected = (match(**_pair(batch), max_matches=50) for match in (compiled, model.match_static))
             assert torch.equal(got.valid, expected.valid)
             torch.testing.assert_close(got.confidence, expected.confidence, rtol=1e-3, atol=1e-6)
             near = (got.keypoints1 - expected.keypoints1).abs().amax(-1) <= 1e-2

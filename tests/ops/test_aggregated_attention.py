@@ -46,9 +46,7 @@ class Case(NamedTuple):
         return value_and_gradients(of, self.tensors)
 
 
-def make(
-    size=(9, 10), source_size=None, channels=32, heads=2, batch=2, rotary=False, masked=False, seed=0
-) -> Case:
+def make(size=(9, 10), source_size=None, channels=32, heads=2, batch=2, rotary=False, masked=False, seed=0) -> Case:
     source_size = source_size or size
     g = torch.Generator().manual_seed(seed)
 
@@ -60,9 +58,7 @@ def make(
     tensors += [normal(channels, channels) / channels**0.5 for _ in range(4)]
     table = None
     if rotary:
-        angle = 6 * torch.rand(
-            -(-size[0] // 4) * -(-size[1] // 4), channels // 2, generator=g, dtype=torch.float64
-        )
+        angle = 6 * torch.rand(-(-size[0] // 4) * -(-size[1] // 4), channels // 2, generator=g, dtype=torch.float64)
         table = torch.stack([angle.cos(), angle.sin()]).to(DEVICE)
     if not masked:
         return Case(tensors, heads, table)

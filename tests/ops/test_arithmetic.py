@@ -19,9 +19,7 @@ def relative_errors(scores: torch.Tensor) -> list[float]:
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    st.integers(1, 40), st.integers(1, 40), st.sampled_from([1e-3, 1.0, 30.0, 300.0, 1e4]), st.integers(0, 99)
-)
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1e-3, 1.0, 30.0, 300.0, 1e4]), st.integers(0, 99))
 def test_agrees_with_torch_in_float64(rows: int, columns: int, spread: float, seed: int) -> None:
     scores = spread * torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(seed))
     # A sum of n terms in float32, then a logarithm: n eps at the very most, and eps of the maximum added to it.

@@ -32,9 +32,7 @@ def test_the_choice_stays_in_its_thread() -> None:
 
 
 def test_a_compiled_function_follows_the_choice() -> None:
-    compiled = torch.compile(
-        lambda x: x if dispatch.use_triton("op", None) else -x, backend="eager", fullgraph=True
-    )
+    compiled = torch.compile(lambda x: x if dispatch.use_triton("op", None) else -x, backend="eager", fullgraph=True)
     x = torch.ones(1)
     assert compiled(x) == 1
     with backend("reference"):

@@ -307,9 +307,7 @@ def test_empty_inputs(shape: tuple[int, int, int, int], name: str) -> None:
         assert torch.equal(f.grad, torch.zeros_like(f))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:overflow encountered:RuntimeWarning"
-)  # of lanes that are masked afterwards
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of lanes that are masked afterwards
 @pytest.mark.parametrize("name", ["auto", "triton"])
 def test_a_fully_masked_image_has_finite_values_and_zero_gradients(name: str) -> None:
     f0, f1 = features(1, 6, 5, 16, torch.float32)
@@ -496,14 +494,10 @@ def test_images_without_cells(rows: int, columns: int) -> None:
 # A common part of all features, in products of few bits
 
 
-def with_a_common_part(
-    dtype: torch.dtype, size: float = 40.0
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+def with_a_common_part(dtype: torch.dtype, size: float = 40.0) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Features whose scores are about 50,000 with differences of about one, float32."""
     f0, f1 = features(2, 40, 70, 24)
-    common = size * torch.randn(24, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(
-        DEVICE
-    )
+    common = size * torch.randn(24, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(DEVICE)
     return (f0 + common).to(dtype), (f1 + common).to(dtype), masks_for(2, 40, 70)
 
 

@@ -60,20 +60,14 @@ def test_tiles_shrink_with_the_shared_memory(tiles_for, channels: int) -> None:
     for shared in sizes:
         rows, columns, at_a_time, _, stages = tiles_for(torch.float16, channels, shared)
         # The tile of rows, and those of columns on their way; blocks of channels come in both.
-        held = (
-            (rows + stages * columns) * at_a_time
-            if at_a_time >= channels
-            else stages * (rows + columns) * at_a_time
-        )
+        held = (rows + stages * columns) * at_a_time if at_a_time >= channels else stages * (rows + columns) * at_a_time
         assert 2 * held <= shared
         areas.append(rows * columns * at_a_time)
     assert areas == sorted(areas)
 
 
 @pytest.mark.parametrize("where", ["library", "interpreter"])
-def test_bfloat16_is_refused_where_the_interpreter_computes_it_wrongly(
-    where, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bfloat16_is_refused_where_the_interpreter_computes_it_wrongly(where, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(interpreter, "computes_bfloat16", lambda: False)
     x = torch.ones(1, 4, 16, dtype=torch.bfloat16 if where == "library" else torch.float32)
@@ -102,9 +96,7 @@ def test_the_interpreter_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_numpy_the_interpreter_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     found = dispatch.importlib.util.find_spec
-    monkeypatch.setattr(
-        dispatch.importlib.util, "find_spec", lambda name: None if name == "numpy" else found(name)
-    )
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None if name == "numpy" else found(name))
     with backend("triton"):
         assert "numpy, which is not installed" in str(dispatch.why_not_triton({"x": torch.ones(1)}))
 

@@ -86,9 +86,7 @@ def test_the_same_matches_bit_for_bit(
 
 def test_there_is_something_to_find() -> None:
     """The law above is not about empty lists."""
-    f0 = torch.nn.functional.normalize(
-        torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(0)), dim=2
-    )
+    f0 = torch.nn.functional.normalize(torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(0)), dim=2)
     f0 = 4 * f0  # scores of 32 with itself, less with others
     found = matches(one_pass.dual_softmax_best(f0, f0.roll(3, 1), TEMPERATURE, 0.2), 0.2, masks=(None, None))
     assert len(found) > 90

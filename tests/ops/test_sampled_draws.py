@@ -16,9 +16,7 @@ from eloftr_kernels.window_match import pixel_log_joint, windows
 from eloftr_kernels.window_match.sampled_pixels import sample_pixels
 from support.memory import LargestTensor
 
-FALSE_ALARM = (
-    1e-6  # probability that a right sampler fails; the seeds are fixed, so it does so always or never
-)
+FALSE_ALARM = 1e-6  # probability that a right sampler fails; the seeds are fixed, so it does so always or never
 
 
 def _most(freedom: int) -> float:

@@ -90,10 +90,7 @@ def scalar_match(
     window0 = [pixel(up0, y0 + i, x0 + j) for i in range(8) for j in range(8)]
     window1 = [pixel(up1, y1 + i - 1, x1 + j - 1) for i in range(10) for j in range(10)]
     inner = [(i + 1) * 10 + j + 1 for i in range(8) for j in range(8)]
-    scores = [
-        [sum(p * q for p, q in zip(a[: D - d], c[: D - d], strict=True)) / D for c in window1]
-        for a in window0
-    ]
+    scores = [[sum(p * q for p, q in zip(a[: D - d], c[: D - d], strict=True)) / D for c in window1] for a in window0]
     over_rows = [sum(math.exp(v) for v in row) for row in scores]
     over_columns = [sum(math.exp(row[r]) for row in scores) for r in range(100)]
     joint = {
@@ -162,9 +159,7 @@ def test_reference_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["small", "full centred", "hard"],
 )
-def test_kernels_are_as_accurate_as_the_reference(
-    channels: int, options: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_kernels_are_as_accurate_as_the_reference(channels: int, options: dict[str, Any], dtype: torch.dtype) -> None:
     # Every case takes the same way through matches and tiles, of which one has many and the others few.
     many = channels == 24 and dtype == torch.float32
     fewer: dict[str, Any] = {} if many else {"M": 3, "grid0": (1, 2), "grid1": (2, 1)}
@@ -232,9 +227,7 @@ def test_matches_do_not_depend_on_their_company() -> None:
 def test_small_gradients_survive_half_precision() -> None:
     """The scores' gradient lies far below float16's range: only the result is rounded to it."""
     s = scene(M=3, D=16, dtype=torch.float16, grid0=(1, 2), grid1=(2, 1), B=1)
-    exact = values_and_gradients(
-        Scene(s.map0.double(), s.map1.double(), *s[2:]), size=1e-4, soft_temperature=1.0
-    )
+    exact = values_and_gradients(Scene(s.map0.double(), s.map1.double(), *s[2:]), size=1e-4, soft_temperature=1.0)
     with backend("triton"):
         actual = values_and_gradients(s, size=1e-4, soft_temperature=1.0)
     for name in ("map0", "map1"):

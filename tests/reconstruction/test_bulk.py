@@ -55,9 +55,7 @@ def match(folder: Path, output: Path, settings: MatchSettings, **options: object
     return match_pairs(PairChoice(folder), output, settings, devices="cpu", **options).matched  # type: ignore[arg-type]
 
 
-def test_the_matches_are_those_of_the_pairs_one_by_one(
-    folder: Path, tmp_path: Path, settings: MatchSettings
-) -> None:
+def test_the_matches_are_those_of_the_pairs_one_by_one(folder: Path, tmp_path: Path, settings: MatchSettings) -> None:
     report = match_pairs(PairChoice(folder), tmp_path / "m.h5", settings, devices="cpu", npz=tmp_path / "npz")
     assert (report.matched, report.reused, report.refused) == (10, 0, [])
     matcher = load_matcher(settings.weights, "cpu")
@@ -106,9 +104,7 @@ def test_two_workers_match_every_pair_once(folder: Path, settings: MatchSettings
     assert sorted(outcome.pair for outcome in engine.run(pairs)) == pairs
 
 
-def test_broken_images_are_listed_and_tried_again(
-    folder: Path, tmp_path: Path, settings: MatchSettings
-) -> None:
+def test_broken_images_are_listed_and_tried_again(folder: Path, tmp_path: Path, settings: MatchSettings) -> None:
     good = (folder / "1.png").read_bytes()
     (folder / "1.png").write_bytes(good[:100])
     save_image(folder / "small.png", torch.rand(20, 20))
@@ -206,9 +202,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_file(
     assert not (tmp_path / "m.h5.journal").exists()
 
 
-def test_an_interrupted_run_keeps_what_is_matched(
-    folder: Path, tmp_path: Path, settings: MatchSettings
-) -> None:
+def test_an_interrupted_run_keeps_what_is_matched(folder: Path, tmp_path: Path, settings: MatchSettings) -> None:
     def interrupted(outcomes: Iterable[Outcome], total: int, done: int) -> Iterator[Outcome]:
         yield from itertools.islice(outcomes, 3)
         raise KeyboardInterrupt

@@ -62,9 +62,7 @@ def test_known_cameras_are_found_again(tmp_path: Path) -> None:
         assert opened.num_images() == 4
 
 
-def exif_image(
-    path: Path, tags: dict[int, Any], details: dict[int, Any], size: tuple[int, int] = (60, 40)
-) -> Path:
+def exif_image(path: Path, tags: dict[int, Any], details: dict[int, Any], size: tuple[int, int] = (60, 40)) -> Path:
     exif = Image.Exif()
     for tag, value in tags.items():
         exif[tag] = value
@@ -124,9 +122,7 @@ def test_the_command_reconstructs_rendered_photographs(tmp_path: Path) -> None:
     """With the embedded weights."""
     scene = photographs(4, (192, 144))
     scene.save(tmp_path / "photos")
-    result = run(
-        tmp_path / "photos", "-o", tmp_path / "out", "--devices", "cpu", "--camera-model", "SIMPLE_PINHOLE"
-    )
+    result = run(tmp_path / "photos", "-o", tmp_path / "out", "--devices", "cpu", "--camera-model", "SIMPLE_PINHOLE")
     assert result.exit_code == 0, result.stderr
     assert "registered   4 of 4 images" in result.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())

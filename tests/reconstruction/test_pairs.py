@@ -75,9 +75,7 @@ def test_the_order_keeps_every_pair_and_few_images_at_a_time(images: int, parts:
     assert sorted(itertools.chain(*tiles)) == pairs
     assert all(len(set(itertools.chain(*tile))) <= images for tile in tiles)
     assert len(tiles) >= parts
-    if (
-        images == 6
-    ):  # one after the other, 190 pairs would read 190 images; a fresh read of each tile takes 3 to 6
+    if images == 6:  # one after the other, 190 pairs would read 190 images; a fresh read of each tile takes 3 to 6
         assert _reads(tiles, images) < 0.5 * _reads([pairs], images)
 
 

@@ -16,9 +16,7 @@ from support.models import random_images, tiny_model
 from support.pair_files import save_image
 
 
-def test_a_killed_worker_loses_nothing_and_nothing_comes_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_worker_loses_nothing_and_nothing_comes_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six images, one of them broken, in chunks of one; the file is that of the local engine."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # it is 15, which starves on a machine with other work

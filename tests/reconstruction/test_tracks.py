@@ -158,9 +158,7 @@ def test_a_field_does_not_mix_the_two_sides_of_an_edge() -> None:
     y, x = np.mgrid[4:100:8, 4:100:8].reshape(2, -1).astype(float)
     points = np.stack([x, y], 1)
     targets = points + np.where(x < 50, 0.0, 20.0)[:, None] * [1, 0]
-    field = sample_field(
-        points, targets, np.ones(len(points)), np.array([[45.0, 50], [54, 50], [300, 50]]), 6.0
-    )
+    field = sample_field(points, targets, np.ones(len(points)), np.array([[45.0, 50], [54, 50], [300, 50]]), 6.0)
     np.testing.assert_allclose(field.target[:2], [[45, 50], [74, 50]], atol=0.3)
     assert field.weight[2] == 0  # no match is near
 

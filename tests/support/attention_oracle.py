@@ -33,9 +33,7 @@ def message_oracle(
     pooled = [[max(float(source[c, y, u]) for y, u in cells) for c in range(channels)] for cells in keys]
     places = [t for t, cells in enumerate(_blocks(source_mask)) if cells]
     normalised = [_layer_norm(token, norm_weight, norm_bias) for token in pooled]
-    key_rows = [
-        _turn(_matvec(projections[1], t), rotary, place) for t, place in zip(normalised, places, strict=True)
-    ]
+    key_rows = [_turn(_matvec(projections[1], t), rotary, place) for t, place in zip(normalised, places, strict=True)]
     value_rows = [_matvec(projections[2], t) for t in normalised]
     for n, cells in enumerate(queries):
         if not cells or not keys:
@@ -47,9 +45,7 @@ def message_oracle(
             lanes = range(h * size, (h + 1) * size)
             scores = [math.exp(sum(query[c] * key[c] for c in lanes) / math.sqrt(size)) for key in key_rows]
             total = sum(scores)
-            attended += [
-                sum(s * v[c] for s, v in zip(scores, value_rows, strict=True)) / total for c in lanes
-            ]
+            attended += [sum(s * v[c] for s, v in zip(scores, value_rows, strict=True)) / total for c in lanes]
         out[:, n] = torch.tensor(_matvec(projections[3], attended), dtype=torch.float64)
     return out.reshape(channels, -(-x.shape[1] // 4), -(-x.shape[2] // 4))
 
@@ -79,10 +75,7 @@ def update_oracle(
                 if valid[r * columns + c]
             }
             total = sum(weights.values())
-            up = [
-                sum(w * float(message[c, i, j]) for (i, j), w in weights.items()) / total
-                for c in range(channels)
-            ]
+            up = [sum(w * float(message[c, i, j]) for (i, j), w in weights.items()) / total for c in range(channels)]
             hidden = _matvec(expand, [float(v) for v in x[:, y, u]] + up)
             hidden = [value if value > 0 else 0.01 * value for value in hidden]
             update = _layer_norm(_matvec(contract, hidden), norm_weight, norm_bias)
@@ -94,12 +87,7 @@ def _blocks(mask: Tensor) -> list[list[tuple[int, int]]]:
     """The valid cells of every 4x4 block, blocks in row-major order."""
     height, width = mask.shape
     return [
-        [
-            (y, u)
-            for y in range(top, min(top + 4, height))
-            for u in range(left, min(left + 4, width))
-            if mask[y, u]
-        ]
+        [(y, u) for y in range(top, min(top + 4, height)) for u in range(left, min(left + 4, width)) if mask[y, u]]
         for top in range(0, height, 4)
         for left in range(0, width, 4)
     ]

@@ -47,9 +47,7 @@ def check_gradients(
         )
         for k, gradient in enumerate(gradients):
             if gradient is not None:
-                assert bool(torch.isfinite(gradient).all()), (
-                    f"gradient of output {i} in input {k} is not finite"
-                )
+                assert bool(torch.isfinite(gradient).all()), f"gradient of output {i} in input {k} is not finite"
                 moves[i, k] = bool(gradient.any())
     for i in range(len(outputs)):
         assert bool(moves[i].any()), f"output {i} has an all-zero Jacobian: the check would be vacuous"
@@ -73,9 +71,7 @@ def finite_gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     """
     assert output.requires_grad, "the output does not require grad"
     assert bool(torch.isfinite(output).all()), "the value is not finite"
-    gradients = torch.autograd.grad(
-        (output * _cotangent(output)).sum(), inputs, retain_graph=True, allow_unused=True
-    )
+    gradients = torch.autograd.grad((output * _cotangent(output)).sum(), inputs, retain_graph=True, allow_unused=True)
     filled = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
     for k, gradient in enumerate(filled):
         assert bool(torch.isfinite(gradient).all()), f"the gradient in input {k} is not finite"

@@ -81,9 +81,7 @@ class CoarseStage(NamedTuple):
     coarse: CoarseOutput
 
 
-def coarse_stage(
-    model: EfficientLoFTR, data: dict[str, torch.Tensor], *, nearest: bool = True
-) -> CoarseStage:
+def coarse_stage(model: EfficientLoFTR, data: dict[str, torch.Tensor], *, nearest: bool = True) -> CoarseStage:
     """Steps 1 to 3 of ``forward``."""
     features0, features1 = model.extract_pair(model.check_input(data))
     score = match_cells if nearest else score_cells

@@ -26,9 +26,7 @@ def assert_as_accurate(
     """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
     assert actual.dtype == same_dtype.dtype, f"{name}: {actual.dtype}, not {same_dtype.dtype}"
-    assert torch.isfinite(actual).all(), (
-        f"{name}: {int((~torch.isfinite(actual)).sum())} values are not finite"
-    )
+    assert torch.isfinite(actual).all(), f"{name}: {int((~torch.isfinite(actual)).sum())} values are not finite"
     if exact.numel() == 0:
         return
     error, allowed = (t.double() - exact for t in (actual, same_dtype))

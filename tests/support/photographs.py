@@ -63,9 +63,7 @@ class Photographs(NamedTuple):
     def partners(self, i: int, j: int, points: Tensor) -> tuple[Tensor, Tensor]:
         """Where points (M, 2) of image i lie in image j, and whether they are seen there."""
         first, second = (
-            self.views._replace(
-                **{name: getattr(self.views, name)[k : k + 1] for name in ("ids", "inverse", "K", "T")}
-            )
+            self.views._replace(**{name: getattr(self.views, name)[k : k + 1] for name in ("ids", "inverse", "K", "T")})
             for k in (i, j)
         )
         inverse_depth = cast(first, view_rays(first, points)).inverse_depth
@@ -132,9 +130,7 @@ def photographs(count: int = 5, size_wh: tuple[int, int] = (320, 240)) -> Photog
     target = torch.zeros(count, 3, dtype=torch.float64)
     T = camera_pose(steps * math.radians(9), 0.05 * steps.cos(), 0.02 * steps, 4 + 0.1 * steps, target)
     width, height = size_wh
-    K = torch.tensor(
-        [[1.1 * width, 0, width / 2], [0, 1.1 * width, height / 2], [0, 0, 1]], dtype=torch.float64
-    )
+    K = torch.tensor([[1.1 * width, 0, width / 2], [0, 1.1 * width, height / 2], [0, 0, 1]], dtype=torch.float64)
     return Photographs(size_wh, K, T, look(facets, K.repeat(count, 1, 1), T))
 
 

@@ -38,9 +38,7 @@ class Scene(NamedTuple):
         return self.keypoints0, self.keypoints1, self.batch_indexes
 
 
-def planar_scene(
-    pairs: int, points: int, *, seed: int, noise: float = 0.0, wrong: float = 0.0
-) -> PlanarScene:
+def planar_scene(pairs: int, points: int, *, seed: int, noise: float = 0.0, wrong: float = 0.0) -> PlanarScene:
     """Draw homographies that move image corners by up to 100 pixels, and matches under them.
 
     Args:
@@ -104,9 +102,7 @@ def scene(
 
 def intrinsics(focal: float) -> Tensor:
     """Intrinsics `(3, 3)` of a camera that looks at the middle of the image."""
-    return torch.tensor(
-        [[focal, 0.0, SIZE[0] / 2], [0.0, focal, SIZE[1] / 2], [0.0, 0.0, 1.0]], dtype=torch.float64
-    )
+    return torch.tensor([[focal, 0.0, SIZE[0] / 2], [0.0, focal, SIZE[1] / 2], [0.0, 0.0, 1.0]], dtype=torch.float64)
 
 
 def rotation(vector: Tensor) -> Tensor:

@@ -58,9 +58,7 @@ def image_pair(height: int = 96, width: int = 128) -> torch.Tensor:
     """(2, 1, H, W): smooth random texture, and itself moved by (8, 16) pixels."""
     generator = torch.Generator().manual_seed(1)
     coarse = torch.rand(1, 1, (height + 16) // 4, (width + 16) // 4, generator=generator)
-    large = torch.nn.functional.interpolate(coarse, size=(height + 16, width + 16), mode="bicubic").clamp(
-        0, 1
-    )
+    large = torch.nn.functional.interpolate(coarse, size=(height + 16, width + 16), mode="bicubic").clamp(0, 1)
     return torch.cat([large[..., :height, :width], large[..., 16:, 8 : width + 8]])
 
 

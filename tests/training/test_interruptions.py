@@ -113,9 +113,7 @@ def test_the_start_says_what_there_is_to_train_on_and_how_far_it_goes(tmp_path, 
     assert any("step 1 of 3" in line and "s a step" in line and line.endswith("left") for line in lines)
 
 
-@pytest.mark.parametrize(
-    "damage", [b"", b"\xff\xfe\x00", b"run: {folder: x, of_another_version: 1}\n", b"- 1\n"]
-)
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe\x00", b"run: {folder: x, of_another_version: 1}\n", b"- 1\n"])
 def test_a_damaged_side_file_does_not_end_a_run(tmp_path, capfd, damage):
     train(short(tmp_path), until=4)
     (tmp_path / "training.yaml").write_bytes(damage)

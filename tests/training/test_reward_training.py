@@ -30,9 +30,7 @@ def test_a_black_box_reward_makes_right_matches_more_probable() -> None:
 
     def right() -> float:
         with torch.no_grad():
-            drawn = model.sample_matches(
-                image, image, draws=4, matches=40, generator=torch.Generator().manual_seed(5)
-            )
+            drawn = model.sample_matches(image, image, draws=4, matches=40, generator=torch.Generator().manual_seed(5))
         return float((drawn.cells0 == drawn.cells1).float().mean())
 
     before = right()
@@ -70,9 +68,7 @@ def test_no_success_gives_no_gradient_and_masks_are_taken() -> None:
     with pytest.raises(ValueError, match=r"reward: expected a tensor \(N,\) = \(2,\)"):
         reward_objective(model, image, image, lambda *_: torch.zeros(3), Geometry("homography"), CONFIG)
     with pytest.raises(ValueError, match="reward: expected finite numbers"):
-        reward_objective(
-            model, image, image, lambda *_: torch.full((2,), torch.nan), Geometry("homography"), CONFIG
-        )
+        reward_objective(model, image, image, lambda *_: torch.full((2,), torch.nan), Geometry("homography"), CONFIG)
 
 
 @pytest.mark.parametrize("kind", ["homography_reward", "pose_reward", "support"])
@@ -125,9 +121,7 @@ def test_pairs_of_photographs_without_labels(tmp_path: Path) -> None:
     """Nothing but the names of two images: support is the reward, and no other objective takes them."""
     for side in "01":
         save_image(tmp_path / f"{side}.png", random_images(1, 64, 64)[0, 0])
-    (tmp_path / "pairs.json").write_text(
-        '{"pixel_centers": 0.5, "pairs": [{"image0": "0.png", "image1": "1.png"}]}'
-    )
+    (tmp_path / "pairs.json").write_text('{"pixel_centers": 0.5, "pairs": [{"image0": "0.png", "image1": "1.png"}]}')
     source = {"kind": "json", "index": str(tmp_path / "pairs.json"), "labels": False}
     sections: dict[str, dict[str, object]] = {
         "data": {"sources": [source], "batch_pixels": 64 * 64},

@@ -79,9 +79,7 @@ def test_pairs_are_rendered_on_devices_with_float64_only(monkeypatch: pytest.Mon
     generator = torch.Generator()
     monkeypatch.setattr(_precision, "has_float64", lambda device: False)
     for render in (lambda: HomographyPairs([texture]), lambda: ScenePairs([texture])):
-        with pytest.raises(
-            ArgumentError, match=r"textures: expected a device that has float64, got cpu\. Draw"
-        ):
+        with pytest.raises(ArgumentError, match=r"textures: expected a device that has float64, got cpu\. Draw"):
             render()
     with pytest.raises(ArgumentError, match="generator: expected a device that has float64"):
         sample_homographies(1, (64, 64), generator)

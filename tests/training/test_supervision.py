@@ -149,9 +149,7 @@ def test_a_shift_pins_the_frame() -> None:
     assert as_set(pairs) <= as_set(pairs_from_homography(H, GRID0, GRID1))
     targets = window_targets_from_homography(H, pairs, GRID0, GRID1)
     own = torch.arange(64)
-    assert torch.equal(
-        targets.visible[0], own % 8 < 7
-    )  # one pixel to the right leaves the window at its last column
+    assert torch.equal(targets.visible[0], own % 8 < 7)  # one pixel to the right leaves the window at its last column
     assert torch.equal(targets.pixels1[0][targets.visible[0]], (own + 1)[own % 8 < 7])
     torch.testing.assert_close(targets.offsets[0, 0], torch.tensor([0.25, -0.25]))
 
@@ -234,17 +232,13 @@ def test_depth_at_a_corner_is_between_its_four_pixels() -> None:
     depth[0, 4, 5] = 2.0  # another surface: at its corners the pixel to the lower right counts
     points = torch.tensor([[[2.0, 3.0], [3.0, 1.0], [5.0, 4.0], [6.0, 5.0], [2.5, 3.5], [8.5, 1.0]]])
     near = [(1 / depth[0, y - 1 : y + 1, x - 1 : x + 1]).mean() for x, y in ((2, 3), (3, 1))]
-    expected = torch.stack(
-        [*near, 1 / depth[0, 4, 5], 1 / depth[0, 5, 6], 1 / depth[0, 3, 2], torch.zeros(())]
-    )
+    expected = torch.stack([*near, 1 / depth[0, 4, 5], 1 / depth[0, 5, 6], 1 / depth[0, 3, 2], torch.zeros(())])
     torch.testing.assert_close(_inverse_depth(depth, torch.zeros(1, dtype=torch.int64), points)[0], expected)
 
 
 def test_tolerance_decides_what_is_one_surface() -> None:
     K = torch.tensor([[[50.0, 0, 32], [0, 50, 24], [0, 0, 1]]])
-    labels = DepthLabels(
-        torch.full((1, 48, 64), 10.0), torch.full((1, 48, 64), 11.0), K, K, torch.eye(4)[None]
-    )
+    labels = DepthLabels(torch.full((1, 48, 64), 10.0), torch.full((1, 48, 64), 11.0), K, K, torch.eye(4)[None])
     assert len(pairs_from_depth(labels, GRID0, GRID0).batch) == 0
     assert len(pairs_from_depth(labels, GRID0, GRID0, tolerance=0.2).batch) == 48
     with pytest.raises(ValueError, match="tolerance"):

@@ -51,9 +51,7 @@ def test_a_non_finite_step_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert trainer.take_step(part).taken
     before = _state(trainer)
     with monkeypatch.context() as broken:
-        broken.setattr(
-            "eloftr_ops.training.objective.term_weights", lambda *_: [math.inf, 0.5, 0.5, 0.0, 0.0, 0.0]
-        )
+        broken.setattr("eloftr_ops.training.objective.term_weights", lambda *_: [math.inf, 0.5, 0.5, 0.0, 0.0, 0.0])
         result = trainer.take_step(part)
     assert (result.finite, result.taken, trainer.skipped, trainer.bad_in_a_row) == (False, False, 1, 1)
     after = _state(trainer)
@@ -184,9 +182,7 @@ def test_the_average_of_a_short_run_moves() -> None:
             model.backbone.stages[0][0].conv3x3.conv.weight.fill_(3.0)
         average.update_parameters(model)
     weight = average.module.backbone.stages[0][0].conv3x3.conv.weight
-    assert (
-        float((weight.detach() - 3).abs().max()) < 0.1
-    )  # at 0.999 throughout, 97 % of the start would be left
+    assert float((weight.detach() - 3).abs().max()) < 0.1  # at 0.999 throughout, 97 % of the start would be left
 
 
 def test_fine_tuning_needs_a_folder_of_images_only(tmp_path: Path) -> None:

@@ -60,9 +60,7 @@ def test_missing_and_unexpected_names_are_listed_as_the_file_has_them(tmp_path):
         load_pretrained(save_checkpoint(tmp_path, state))
     message = str(caught.value)
     assert "Missing (1): loftr_coarse.layers.1.merge.weight." in message
-    assert (
-        "Unexpected (7): loftr_fine.0, loftr_fine.1, loftr_fine.2, loftr_fine.3, loftr_fine.4, ..." in message
-    )
+    assert "Unexpected (7): loftr_fine.0, loftr_fine.1, loftr_fine.2, loftr_fine.3, loftr_fine.4, ..." in message
 
 
 def test_another_shape_is_named_with_both_shapes(tmp_path):
@@ -80,9 +78,7 @@ def test_weights_of_another_model(tmp_path):
         load_pretrained(save_checkpoint(tmp_path, state))
 
 
-@pytest.mark.parametrize(
-    "content", [[1, 2], {}, {"state_dict": {}}, {"step": 3}, torch.zeros(2), {1: torch.zeros(2)}]
-)
+@pytest.mark.parametrize("content", [[1, 2], {}, {"state_dict": {}}, {"step": 3}, torch.zeros(2), {1: torch.zeros(2)}])
 def test_checkpoints_that_are_no_state_dict(tmp_path, content):
     with pytest.raises(ValueError, match="expected"):
         load_pretrained(save_checkpoint(tmp_path, content))
@@ -275,15 +271,11 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path, monkeypatch):
     write_embedded(tiny_model(), tmp_path / "first.safetensors")
     write_embedded(tiny_model(), tmp_path / "second.safetensors")
     monkeypatch.setattr(loading.resources, "files", lambda package: tmp_path)
-    with pytest.raises(
-        WeightsNotFoundError, match=r"embedded weights \(first, second\), a file,.* got 'large'"
-    ):
+    with pytest.raises(WeightsNotFoundError, match=r"embedded weights \(first, second\), a file,.* got 'large'"):
         load_pretrained("large")
 
 
-@pytest.mark.parametrize(
-    "name", ["missing.ckpt", "weights/missing.ckpt", "./missing/folder", "/no/such/folder"]
-)
+@pytest.mark.parametrize("name", ["missing.ckpt", "weights/missing.ckpt", "./missing/folder", "/no/such/folder"])
 def test_missing_files_are_not_looked_for_on_the_hub(name):
     with pytest.raises(FileNotFoundError, match="check the spelling and the path"):
         load_pretrained(name)
@@ -291,9 +283,7 @@ def test_missing_files_are_not_looked_for_on_the_hub(name):
 
 def test_folders_that_lack_a_file(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(
-        WeightsNotFoundError, match=r"model.safetensors: expected a file of weights, found none"
-    ):
+    with pytest.raises(WeightsNotFoundError, match=r"model.safetensors: expected a file of weights, found none"):
         load_pretrained(folder)
     (folder / "config.json").unlink()
     with pytest.raises(WeightsNotFoundError, match=r"expected config.json beside the weights"):
@@ -322,9 +312,7 @@ def test_arguments_out_of_their_domain(folder, tmp_path):
     model = tiny_model()
     with pytest.raises(ValueError, match="threshold: expected a probability"):
         load_pretrained(folder, threshold=2.0)
-    with pytest.raises(
-        ValueError, match="layout: expected one of eloftr_ops, authors, transformers, got 'onnx'"
-    ):
+    with pytest.raises(ValueError, match="layout: expected one of eloftr_ops, authors, transformers, got 'onnx'"):
         model.save_pretrained(tmp_path / "out", layout="onnx")
     with pytest.raises(ValueError, match="folder: expected a folder"):
         model.save_pretrained(folder / "config.json")

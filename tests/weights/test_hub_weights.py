@@ -89,9 +89,7 @@ def test_an_unknown_revision_is_named(monkeypatch):
         raise RevisionNotFoundError.__new__(RevisionNotFoundError)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unknown)
-    with pytest.raises(
-        WeightsNotFoundError, match=r"at revision v9: could not get config.json.*RevisionNotFoundError"
-    ):
+    with pytest.raises(WeightsNotFoundError, match=r"at revision v9: could not get config.json.*RevisionNotFoundError"):
         load_pretrained(NAME, revision="v9")
 
 

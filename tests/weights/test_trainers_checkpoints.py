@@ -69,9 +69,7 @@ def test_an_averaged_model_is_one_set(tmp_path):
 def test_two_different_sets_ask_which(tmp_path):
     first, second = other(1), other(2)
     content = {"model": prefixed(first, "module."), "ema": {"model": second.state_dict()}}
-    with pytest.raises(
-        ValueError, match=r"2 different sets: 'model.module', 'ema.model'.*entry='model.module'"
-    ):
+    with pytest.raises(ValueError, match=r"2 different sets: 'model.module', 'ema.model'.*entry='model.module'"):
         load(tmp_path, content)
     assert same_weights(load(tmp_path, content, entry="ema.model"), second)
     with pytest.raises(ValueError, match=r"entry: expected one of .*'ema.model'.*got 'ema'"):
@@ -136,9 +134,7 @@ def test_a_variant_is_found_and_two_ask_which(tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "model.fp16.safetensors")
     assert same_weights(load_pretrained(tmp_path), model)
     assert same_weights(load_pretrained(tmp_path, variant="fp16"), model)
-    with pytest.raises(
-        WeightsNotFoundError, match=r"model.fp32.safetensors: expected the weights of variant"
-    ):
+    with pytest.raises(WeightsNotFoundError, match=r"model.fp32.safetensors: expected the weights of variant"):
         load_pretrained(tmp_path, variant="fp32")
     (tmp_path / "model.bf16.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"variants bf16, fp16. Pass variant="):

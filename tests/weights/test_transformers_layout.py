@@ -60,9 +60,7 @@ def test_the_comparison_sees_a_wrong_number_of_heads(tmp_path):
 @pytest.mark.parametrize("score", ["dual_softmax", "similarity"])
 @torch.no_grad()
 def test_an_export_finds_the_same_coarse_matches_with_the_same_scores(tmp_path, score):
-    ours = tiny_model(
-        tiny_config(**EXACT_ROTARY, temperature=10.0, threshold=0.0, border_removal=1, score=score)
-    )
+    ours = tiny_model(tiny_config(**EXACT_ROTARY, temperature=10.0, threshold=0.0, border_removal=1, score=score))
     theirs, images = theirs_of(ours, tmp_path / "folder"), image_pair()
     found = theirs(images.expand(2, 3, -1, -1)[None])
     matched = found.matches[0, 0] >= 0

@@ -33,9 +33,7 @@ def test_the_reference_statistics_are_all_ours():
 
 
 def test_authors_names_of_both_forms():
-    assert (
-        to_layout("backbone.stages.0.0.conv3x3.bn.weight", "authors") == "backbone.layer0.rbr_dense.bn.weight"
-    )
+    assert to_layout("backbone.stages.0.0.conv3x3.bn.weight", "authors") == "backbone.layer0.rbr_dense.bn.weight"
     assert to_layout("backbone.stages.3.13.fused.bias", "authors") == "backbone.layer3.13.rbr_reparam.bias"
     assert from_layout("loftr_coarse.layers.7.mlp.2.weight", "authors") == (
         "transformer.layers.3.cross_attention.contract.weight"

@@ -145,9 +145,7 @@ def test_embedded_weights_must_fit_their_precision(tmp_path):
     model = tiny_model()
     with torch.no_grad():
         model.pyramid.coarse_projection.weight[0, 0] = 1e6
-    with pytest.raises(
-        ValueError, match=r"pyramid.coarse_projection.weight: expected values that are finite in"
-    ):
+    with pytest.raises(ValueError, match=r"pyramid.coarse_projection.weight: expected values that are finite in"):
         write_embedded(model, tmp_path / "small.safetensors")
     assert write_embedded(model, tmp_path / "small.safetensors", dtype=torch.bfloat16) < EMBEDDED_LIMIT
 

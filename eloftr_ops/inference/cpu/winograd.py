@@ -49,9 +49,7 @@ class WinogradConv3x3(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         if not pays(conv):
-            raise ValueError(
-                f"conv: expected a convolution that Winograd's algorithm makes faster, got {conv}."
-            )
+            raise ValueError(f"conv: expected a convolution that Winograd's algorithm makes faster, got {conv}.")
         self.conv = conv
         a, _, b = transforms()
         buffers = {

@@ -25,15 +25,10 @@ _OPS = ("aggregated_attention", "dual_softmax", "upsample_mlp", "window_match")
 SOURCES = {
     **{f"{name}.py": f"eloftr_ops/{name}.py" for name in ("config", "types", "checks")},
     **{
-        f"{name}.py": f"eloftr_ops/model/{name}.py"
-        for name in ("backbone", "transformer", "coarse", "fine", "matcher")
+        f"{name}.py": f"eloftr_ops/model/{name}.py" for name in ("backbone", "transformer", "coarse", "fine", "matcher")
     },
     "ops/arithmetic.py": "kernels/eloftr_kernels/arithmetic.py",
-    **{
-        f"ops/{op}/{name}.py": f"kernels/eloftr_kernels/{op}/{name}.py"
-        for op in _OPS
-        for name in ("naive", "cpu")
-    },
+    **{f"ops/{op}/{name}.py": f"kernels/eloftr_kernels/{op}/{name}.py" for op in _OPS for name in ("naive", "cpu")},
 }
 TEMPLATES = {
     "__init__.py": "package.py.in",
@@ -139,11 +134,7 @@ def relative(text: str, name: str) -> str:
     if left:
         raise ValueError(f"{name}: the patch has no file for {left[0].strip()!r}.")
     # In docstrings the names are kornia's.
-    return (
-        changed.replace("eloftr_kernels", "ops")
-        .replace("eloftr_ops.model.", "")
-        .replace("eloftr_ops", "kornia")
-    )
+    return changed.replace("eloftr_kernels", "ops").replace("eloftr_ops.model.", "").replace("eloftr_ops", "kornia")
 
 
 def check_imports(texts: dict[str, str]) -> None:
@@ -153,9 +144,7 @@ def check_imports(texts: dict[str, str]) -> None:
             here = name.split("/")[:-1]
             place = "/".join([*here[: len(here) - len(dots) + 1], *filter(None, rest.split("."))])
             if not {f"{place}.py", f"{place}/__init__.py".lstrip("/")} & set(texts):
-                raise ValueError(
-                    f"{name}: the patch has no file {place}.py. Add it to SOURCES, or leave out its use."
-                )
+                raise ValueError(f"{name}: the patch has no file {place}.py. Add it to SOURCES, or leave out its use.")
 
 
 def _plain_module(text: str) -> str:
@@ -186,22 +175,14 @@ def _used_of(source: Path, texts: dict[str, str]) -> str:
     for name in wanted:
         used = {node.id for node in ast.walk(named[name]) if isinstance(node, ast.Name)}
         wanted += [other for other in named if other in used and other not in wanted]
-    parts = [
-        ast.get_source_segment(source.read_text(), node) or ""
-        for name, node in named.items()
-        if name in wanted
-    ]
+    parts = [ast.get_source_segment(source.read_text(), node) or "" for name, node in named.items() if name in wanted]
     return "\n\n\n".join([_DISPATCH, *parts]) + "\n"
 
 
 def _asked(texts: dict[str, str]) -> set[str]:
     """The names of ``dispatch`` that the files import or read."""
     nodes = [node for text in texts.values() for node in ast.walk(ast.parse(text))]
-    imported = [
-        node
-        for node in nodes
-        if isinstance(node, ast.ImportFrom) and node.module == "eloftr_kernels.dispatch"
-    ]
+    imported = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "eloftr_kernels.dispatch"]
     read = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
     return {alias.name for node in imported for alias in node.names} | {
         node.attr for node in read if isinstance(node.value, ast.Name) and node.value.id == "dispatch"

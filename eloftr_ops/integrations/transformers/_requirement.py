@@ -14,8 +14,6 @@ def check_transformers() -> None:
     try:
         version = metadata.version("transformers")
     except metadata.PackageNotFoundError as error:
-        raise ImportError(
-            f"transformers: expected version {MINIMUM} or newer, found none. {advice}"
-        ) from error
+        raise ImportError(f"transformers: expected version {MINIMUM} or newer, found none. {advice}") from error
     if int(version.split(".")[0]) < MINIMUM:
         raise ImportError(f"transformers: expected version {MINIMUM} or newer, got {version}. {advice}")

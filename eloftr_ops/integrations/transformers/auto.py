@@ -123,9 +123,7 @@ def register() -> None:
     model_type = EfficientLoFTRConfig.model_type
     transformers.AutoConfig.register(model_type, EfficientLoFTRConfig, exist_ok=True)
     transformers.AutoModel.register(EfficientLoFTRConfig, EfficientLoFTRModel, exist_ok=True)
-    MODEL_FOR_KEYPOINT_MATCHING_MAPPING.register(
-        EfficientLoFTRConfig, EfficientLoFTRForKeypointMatching, exist_ok=True
-    )
+    MODEL_FOR_KEYPOINT_MATCHING_MAPPING.register(EfficientLoFTRConfig, EfficientLoFTRForKeypointMatching, exist_ok=True)
     IMAGE_PROCESSOR_MAPPING.register(EfficientLoFTRConfig, dict(_BACKENDS), exist_ok=True)
     task = PIPELINE_REGISTRY.supported_tasks[TASK]
     _before.setdefault("impl", task["impl"])

@@ -134,9 +134,7 @@ class EfficientLoFTRConfig(PreTrainedConfig):
             TypeError: ``config`` is something else.
         """
         if not isinstance(config, OperatorConfig):
-            raise TypeError(
-                f"config: expected an eloftr_ops.EfficientLoFTRConfig, got {type(config).__name__}."
-            )
+            raise TypeError(f"config: expected an eloftr_ops.EfficientLoFTRConfig, got {type(config).__name__}.")
         fields = to_transformers(config, torch.float32)
         shared = {name: value for name, value in fields.items() if name not in _OWN}
         return cls(**shared, eloftr_ops=fields[FORMAT], **kwargs)
@@ -147,9 +145,7 @@ class EfficientLoFTRConfig(PreTrainedConfig):
         Raises:
             ValueError, TypeError: as the constructor, for fields that were changed since.
         """
-        fields = {
-            name: value for name, value in vars(self).items() if name not in _OWN and not name.startswith("_")
-        }
+        fields = {name: value for name, value in vars(self).items() if name not in _OWN and not name.startswith("_")}
         return from_transformers({**fields, FORMAT: dict(self.eloftr_ops)}, "config")
 
 

@@ -248,8 +248,6 @@ def _stacked(images: list[Tensor], return_tensors: Any) -> BatchFeature:
     pairs = [torch.stack(images[i : i + 2]) for i in range(0, len(images), 2)]
     if return_tensors in ("pt", "np"):
         return BatchFeature(
-            data={
-                "pixel_values": torch.stack(pairs).numpy() if return_tensors == "np" else torch.stack(pairs)
-            }
+            data={"pixel_values": torch.stack(pairs).numpy() if return_tensors == "np" else torch.stack(pairs)}
         )
     return BatchFeature(data={"pixel_values": pairs}, tensor_type=return_tensors)

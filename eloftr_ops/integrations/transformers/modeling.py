@@ -150,9 +150,7 @@ class EfficientLoFTRModel(EfficientLoFTRPreTrainedModel):
         features, hidden = self.features(split_pairs(pixel_values))
         sides = tuple(self.matcher.check_input({f"features{i}": f for i, f in enumerate(features)}))
         coarse = torch.stack(self.matcher.transform(*sides), 1)  # type: ignore[arg-type]
-        residual = [
-            paired(torch.cat([getattr(side, name) for side in sides])) for name in ("half", "quarter")
-        ]
+        residual = [paired(torch.cat([getattr(side, name) for side in sides])) for name in ("half", "quarter")]
         attentions = None
         if self._wanted(output_attentions, "output_attentions"):
             attentions = attention_weights(self.matcher, features)
@@ -226,9 +224,7 @@ class EfficientLoFTRForKeypointMatching(EfficientLoFTRPreTrainedModel):
         shown = self._wanted(output_hidden_states, "output_hidden_states")
         learning = self.training and torch.is_grad_enabled()
         if not (attended or shown or learning or labels is not None):
-            return self._returned(
-                self._packed({"image0": images[0], "image1": images[1]}, images), return_dict
-            )
+            return self._returned(self._packed({"image0": images[0], "image1": images[1]}, images), return_dict)
         features, hidden = self.efficientloftr.features(images)
         loss = None
         if labels is not None:
@@ -243,14 +239,10 @@ class EfficientLoFTRForKeypointMatching(EfficientLoFTRPreTrainedModel):
         output.attentions = attention_weights(self.matcher, features) if attended else None
         return self._returned(output, return_dict)
 
-    def _packed(
-        self, data: dict[str, Any], images: tuple[Tensor, Tensor]
-    ) -> EfficientLoFTRKeypointMatchingOutput:
+    def _packed(self, data: dict[str, Any], images: tuple[Tensor, Tensor]) -> EfficientLoFTRKeypointMatchingOutput:
         size = (images[0].shape[-2], images[0].shape[-1])
         matches, scores, keypoints = packed_matches(self.matcher(data), len(images[0]), size)
-        return EfficientLoFTRKeypointMatchingOutput(
-            matches=matches, matching_scores=scores, keypoints=keypoints
-        )
+        return EfficientLoFTRKeypointMatchingOutput(matches=matches, matching_scores=scores, keypoints=keypoints)
 
 
 def split_pairs(pixel_values: Any) -> tuple[Tensor, Tensor]:

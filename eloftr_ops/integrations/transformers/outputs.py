@@ -39,9 +39,7 @@ class EfficientLoFTRKeypointMatchingOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-def packed_matches(
-    matches: dict[str, Tensor], batch: int, size_hw: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def packed_matches(matches: dict[str, Tensor], batch: int, size_hw: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """The matcher's dictionary as ``matches``, ``matching_scores`` and ``keypoints`` of the output class."""
     owner, scores = matches["batch_indexes"], matches["confidence"]
     counts = owner.bincount(minlength=batch)

@@ -92,9 +92,7 @@ def _check(name: str, image: Any) -> None:
     if isinstance(image, (Image.Image, str)):
         return
     if not isinstance(image, (np.ndarray, Tensor)):
-        raise ValueError(
-            f"{name}: expected a Pillow image, an array or a tensor, got {type(image).__name__}."
-        )
+        raise ValueError(f"{name}: expected a Pillow image, an array or a tensor, got {type(image).__name__}.")
     shape = tuple(image.shape)
     if len(shape) not in (2, 3):
         raise ValueError(f"{name}: expected an image of 2 or 3 dimensions, got shape {shape}.")

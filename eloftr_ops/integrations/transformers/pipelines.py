@@ -89,9 +89,7 @@ class KeypointMatchingPipeline(Pipeline):
             matches=model_outputs["matches"],
             matching_scores=model_outputs["matching_scores"],
         )
-        (found,) = self.image_processor.post_process_keypoint_matching(
-            output, model_outputs["target_sizes"], threshold
-        )
+        (found,) = self.image_processor.post_process_keypoint_matching(output, model_outputs["target_sizes"], threshold)
         order = found["matching_scores"].argsort(descending=True, stable=True)
         points0, points1 = (found[name][order].tolist() for name in ("keypoints0", "keypoints1"))
         scores = found["matching_scores"][order].tolist()
@@ -149,15 +147,11 @@ def pipeline(
     if named:
         more = {"device_map": device_map} if device_map is not None else {}
         more = {**more, "config": config} if config is not None else more
-        model = AutoModelForKeypointMatching.from_pretrained(
-            name, dtype=dtype, **hub, **more, **(model_kwargs or {})
-        )
+        model = AutoModelForKeypointMatching.from_pretrained(name, dtype=dtype, **hub, **more, **(model_kwargs or {}))
     if image_processor is None or isinstance(image_processor, (str, os.PathLike)):
         source = image_processor or (name if named else DEFAULT_MODEL)
         image_processor = AutoImageProcessor.from_pretrained(source, **hub)
-    return KeypointMatchingPipeline(
-        model=model, image_processor=image_processor, task=task, device=device, **kwargs
-    )
+    return KeypointMatchingPipeline(model=model, image_processor=image_processor, task=task, device=device, **kwargs)
 
 
 def _pairs(inputs: Any) -> list[Any]:
@@ -175,9 +169,7 @@ def _pairs(inputs: Any) -> list[Any]:
             raise ValueError(f"inputs[{index}]: expected a pair of images, got {count}.")
         for image in pair:
             if not _is_image(image):
-                raise ValueError(
-                    f"inputs[{index}]: expected paths, URLs or Pillow images, got {type(image).__name__}."
-                )
+                raise ValueError(f"inputs[{index}]: expected paths, URLs or Pillow images, got {type(image).__name__}.")
     return [list(pair) for pair in inputs]
 
 

@@ -21,9 +21,7 @@ def keypoints_on_originals(
     """See :meth:`PairProcessing.post_process_keypoint_matching`."""
     matches, scores, keypoints = outputs.matches, outputs.matching_scores, outputs.keypoints
     if matches is None or scores is None or keypoints is None:
-        raise ValueError(
-            "outputs: expected keypoints, matches and matching_scores, got an output without them."
-        )
+        raise ValueError("outputs: expected keypoints, matches and matching_scores, got an output without them.")
     sizes = _sizes(target_sizes, len(matches)).to(keypoints)
     check_threshold(threshold, scores)
     found = []
@@ -96,9 +94,7 @@ def _picture(image: Any) -> Image.Image:
         values = values * 255 if float(values.max()) <= 1 else values
         values = values.round().clamp(0, 255)
     array = values.to(torch.uint8).numpy()
-    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array).convert(
-        "RGB"
-    )
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array).convert("RGB")
 
 
 def _sizes(target_sizes: Any, batch: int) -> Tensor:

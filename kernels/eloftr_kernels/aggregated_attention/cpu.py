@@ -35,9 +35,7 @@ def aggregated_attention(
     query = _aggregate(x if mask is None else x * mask[:, None], weights.aggregate)
     key, key_valid = masked_max_pool(source, source_mask)
     rows, columns = query.shape[-2:]
-    query, key = (
-        F.layer_norm(t.flatten(2).mT, (x.shape[1],), weights.norm, weights.norm_bias) for t in (query, key)
-    )
+    query, key = (F.layer_norm(t.flatten(2).mT, (x.shape[1],), weights.norm, weights.norm_bias) for t in (query, key))
     q, k, v = F.linear(query, weights.q), F.linear(key, weights.k), F.linear(key, weights.v)
     if rotary is not None:
         q, k = _rotated(q, rotary), _rotated(k, rotary)
@@ -65,7 +63,5 @@ def _rotated(x: Tensor, rotary: Tensor) -> Tensor:
 def _aggregate(x: Tensor, weight: Tensor) -> Tensor:
     """Depthwise convolution of each 4x4 block, in float32: its backward in bfloat16 takes a CPU ten times as long."""
     with torch.autocast(x.device.type, enabled=False):
-        y = F.conv2d(
-            upcast_for_accumulation(x), upcast_for_accumulation(weight), stride=AGGREGATION, groups=x.shape[1]
-        )
+        y = F.conv2d(upcast_for_accumulation(x), upcast_for_accumulation(weight), stride=AGGREGATION, groups=x.shape[1])
         return y.to(x.dtype)

@@ -125,9 +125,7 @@ def _project(
         if ROTARY:
             y = _rotate(y, rotary_ptr, token, token_in, total, first, 1.0, C, BLOCK_T, BLOCK_O)
         wanted = token_in[:, None] & (out_channel < C)[None, :]
-        tl.store(
-            out_ptr + token[:, None] * C + out_channel[None, :], y.to(out_ptr.dtype.element_ty), mask=wanted
-        )
+        tl.store(out_ptr + token[:, None] * C + out_channel[None, :], y.to(out_ptr.dtype.element_ty), mask=wanted)
 
 
 @triton.jit

@@ -55,9 +55,7 @@ def aggregated_attention(
     query = F.conv2d(shown, weights.aggregate, stride=AGGREGATION, groups=x.shape[1])
     key, key_valid = masked_max_pool(source, source_mask)
     rows, columns = query.shape[-2:]
-    query, key = (
-        F.layer_norm(t.flatten(2).mT, (x.shape[1],), weights.norm, weights.norm_bias) for t in (query, key)
-    )
+    query, key = (F.layer_norm(t.flatten(2).mT, (x.shape[1],), weights.norm, weights.norm_bias) for t in (query, key))
     q, k, v = F.linear(query, weights.q), F.linear(key, weights.k), F.linear(key, weights.v)
     if rotary is not None:
         q, k = rotate_pairs(q, rotary), rotate_pairs(k, rotary)

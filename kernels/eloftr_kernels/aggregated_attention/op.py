@@ -100,9 +100,7 @@ def why_not(
     if reason is None and rotary is not None and rotary.requires_grad and torch.is_grad_enabled():
         return "rotary requires a gradient, which the kernels do not compute"
     if reason is None and x.shape[1] > MAX_CHANNELS:
-        return (
-            f"{x.shape[1]} channels are more than the {MAX_CHANNELS} that a token's row in registers may have"
-        )
+        return f"{x.shape[1]} channels are more than the {MAX_CHANNELS} that a token's row in registers may have"
     return reason
 
 
@@ -139,9 +137,7 @@ def _check(
     if rotary is not None:
         tokens = [-(-t.shape[2] // AGGREGATION) * -(-t.shape[3] // AGGREGATION) for t in (x, source)]
         if tokens[0] != tokens[1]:
-            raise ValueError(
-                f"rotary: expected maps of equally many tokens, got {tokens[0]} and {tokens[1]}."
-            )
+            raise ValueError(f"rotary: expected maps of equally many tokens, got {tokens[0]} and {tokens[1]}.")
         dispatch.check_shape("rotary", rotary, (2, tokens[0], channels // 2), "(2, tokens, C / 2)")
     dispatch.check_devices({"x": x, "source": source, **named, "rotary": rotary, "mask": mask,
                             "source_mask": source_mask})  # fmt: skip

@@ -177,9 +177,7 @@ def pair_scores(
     return 2 * score - row_lse[batch, cells0] - col_lse[batch, cells1]
 
 
-def add_block(
-    row_lse: Tensor, col_lse: Tensor, block: Block, scratch: Scratch, top: Tensor | None = None
-) -> None:
+def add_block(row_lse: Tensor, col_lse: Tensor, block: Block, scratch: Scratch, top: Tensor | None = None) -> None:
     """Add what a block contributes, in place; ``top`` as for ``two_way_logsumexp``."""
     sums = two_way_logsumexp(block.scores, scratch.view(*block.scores.shape), top)
     for lse, where, part in ((row_lse, block.rows, sums[0]), (col_lse, block.columns, sums[1])):

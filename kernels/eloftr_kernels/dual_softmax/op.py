@@ -115,9 +115,7 @@ def mutual_best(
     dtype, triton = _decide(tensors, "mutual_best", temperature, product_dtype)
     with torch.no_grad():
         if triton:
-            best1, best0, score1 = _best_op(
-                features0, features1, temperature, row_lse, col_lse, mask0, mask1, dtype
-            )
+            best1, best0, score1 = _best_op(features0, features1, temperature, row_lse, col_lse, mask0, mask1, dtype)
             return best1, best0, score1
         if torch.compiler.is_exporting():
             features0, features1 = upcast_for_accumulation(features0), upcast_for_accumulation(features1)
@@ -307,9 +305,7 @@ def _best_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from eloftr_kernels.dual_softmax import launch
 
-    return launch.mutual_best_forward(
-        features0, features1, temperature, row_lse, col_lse, mask0, mask1, dtype
-    )
+    return launch.mutual_best_forward(features0, features1, temperature, row_lse, col_lse, mask0, mask1, dtype)
 
 
 @once_per_signature
@@ -352,15 +348,11 @@ def _check(
             check_dtype(name, mask, torch.bool, "pass True where a cell is valid")
     check_devices({"features0": features0, "features1": features1, "mask0": mask0, "mask1": mask1})
     if not features0.is_floating_point():
-        raise TypeError(
-            f"features0: expected a floating-point dtype, got {features0.dtype}; convert it with .float()."
-        )
+        raise TypeError(f"features0: expected a floating-point dtype, got {features0.dtype}; convert it with .float().")
     check_positive("temperature", temperature)
 
 
-def _check_normalisers(
-    features0: Tensor, features1: Tensor, row_lse: Tensor | None, col_lse: Tensor | None
-) -> None:
+def _check_normalisers(features0: Tensor, features1: Tensor, row_lse: Tensor | None, col_lse: Tensor | None) -> None:
     if (row_lse is None) != (col_lse is None):
         missing = "row_lse" if row_lse is None else "col_lse"
         raise ValueError(

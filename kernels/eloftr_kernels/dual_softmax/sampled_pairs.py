@@ -45,9 +45,7 @@ def sample_pairs(
     index = torch.zeros(best.shape, dtype=torch.int64, device=best.device)
     memory = block_memory(features0, features1)
     with torch.autocast(features0.device.type, enabled=False):
-        for rows, columns, scores, masked in score_blocks(
-            features0, features1, temperature, mask0, mask1, memory
-        ):
+        for rows, columns, scores, masked in score_blocks(features0, features1, temperature, mask0, mask1, memory):
             half = scores.sub_(row_lse[:, rows, None] / 2).sub_(col_lse[:, None, columns] / 2)
             if masked is not None:
                 half = half.masked_fill_(masked, -torch.inf)

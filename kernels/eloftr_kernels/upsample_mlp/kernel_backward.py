@@ -97,9 +97,7 @@ def _hidden_bwd(
         weight = tl.load(contract_ptr + channel[:, None] * (2 * C) + unit[None, :], mask=real, other=0.0)
         through = tl.dot(grad_update, weight, input_precision=PRECISION)
         active = tl.load(active_ptr + at, mask=there, other=0.0)
-        through = tl.where(active.to(tl.float32) > 0, through, SLOPE * through).to(
-            grad_hidden_ptr.dtype.element_ty
-        )
+        through = tl.where(active.to(tl.float32) > 0, through, SLOPE * through).to(grad_hidden_ptr.dtype.element_ty)
         tl.store(grad_hidden_ptr + at, through, mask=there)
         real = (unit < 2 * C)[:, None] & (channel < C)[None, :]
         weight = tl.load(expand_ptr + unit[:, None] * (2 * C) + channel[None, :], mask=real, other=0.0)

@@ -140,9 +140,7 @@ def _upsample_mlp_fwd(
     wanted = position_in[:, None] & (channel < C)[None, :]
     row = sample * x_stride_b + position // W * x_stride_y + position % W * x_stride_x
     at = x_ptr + row[:, None] + channel[None, :] * x_stride_c
-    t0, t1, t2, t3, w0, w1, w2, w3, _ = _corners(
-        position, position_in, valid_ptr + sample * tokens, H, W, HAS_MASK
-    )
+    t0, t1, t2, t3, w0, w1, w2, w3, _ = _corners(position, position_in, valid_ptr + sample * tokens, H, W, HAS_MASK)
     x = tl.load(at, mask=wanted, other=0.0)
     update = _update(
         _own(x, common_ptr, sample, channel, C).to(expand_ptr.dtype.element_ty),

@@ -138,9 +138,7 @@ def _backward_fake(grad: Tensor, x: Tensor, message: Tensor, weights: list[Tenso
 
 
 @operator("eloftr::upsample_mlp_backward", fake=_backward_fake)
-def _backward(
-    grad: Tensor, x: Tensor, message: Tensor, weights: list[Tensor], mask: Tensor | None
-) -> list[Tensor]:
+def _backward(grad: Tensor, x: Tensor, message: Tensor, weights: list[Tensor], mask: Tensor | None) -> list[Tensor]:
     from eloftr_kernels.upsample_mlp import launch
 
     return launch.backward(grad, x, message, MlpWeights(*weights), mask)

@@ -59,9 +59,7 @@ def window_match(
     if torch.compiler.is_compiling() or len(batch) <= chunk:  # loops would be written out
         return match(map0, map1, batch, cells0, cells1)
     if is_cpu_inference(map0):
-        match = partial(
-            match, memory=[Scratch(chunk * _SCORES, upcast_for_accumulation(map0[:0])) for _ in "ab"]
-        )
+        match = partial(match, memory=[Scratch(chunk * _SCORES, upcast_for_accumulation(map0[:0])) for _ in "ab"])
     parts = [
         recomputed(match, map0, map1, *(index[start : start + chunk] for index in (batch, cells0, cells1)))
         for start in range(0, len(batch), chunk)
@@ -130,9 +128,7 @@ def windows(fine_map: Tensor, batch: Tensor, cells: Tensor, ring: int, order: Te
     y = (rows[:, None] + taps).clamp(0, height - 1)
     x = (columns[:, None] + taps).clamp(0, width - 1)
     flat = (batch[:, None, None] * height + y[:, :, None]) * width + x[:, None, :]
-    patches = (
-        fine_map.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, flat.flatten()).unflatten(0, flat.shape)
-    )
+    patches = fine_map.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, flat.flatten()).unflatten(0, flat.shape)
     side = WINDOW + 2 * ring
     pixels = torch.arange(side**2, device=cells.device) if order is None else order
     w: Tensor = _upsampling_matrix(ring, patches)[pixels] @ patches.flatten(1, 2)

@@ -29,9 +29,7 @@ from eloftr_kernels.window_match.kernel_forward import (
 
 
 @triton.jit
-def _interpolation_transposed(
-    row, column, H, W, SIDE_: tl.constexpr, RING: tl.constexpr, COUNT: tl.constexpr
-):
+def _interpolation_transposed(row, column, H, W, SIDE_: tl.constexpr, RING: tl.constexpr, COUNT: tl.constexpr):
     """(64, COUNT); built anew where it is used: registers are scarcer than arithmetic."""
     pixel = tl.arange(0, COUNT)
     source_y, inside_y = _sources(row, pixel // SIDE_, H, RING)
@@ -129,9 +127,7 @@ def _window_match_bwd(
     scores = tl.zeros((PIXELS, RING_PIXELS), tl.float32)
     subpixel_scores = tl.zeros((RING_PIXELS,), tl.float32)
     for first in tl.range(0, D, BLOCK_D, num_stages=1):
-        b, row0, column0, row1, column1, valid = _load_match(
-            batch_ptr, cells0_ptr, cells1_ptr, m, B, H0, W0, H1, W1
-        )
+        b, row0, column0, row1, column1, valid = _load_match(batch_ptr, cells0_ptr, cells1_ptr, m, B, H0, W0, H1, W1)
         channel = first + tl.arange(0, BLOCK_D)
         window0 = _load_window(
             map0_ptr + b * stride0_b, row0, column0, H0, W0, stride0_c, stride0_y, stride0_x, channel, D,
@@ -162,9 +158,7 @@ def _window_match_bwd(
 
     patches_ptr += m * (PATCH * PATCH) * D
     for first in tl.range(0, D, BLOCK_D, num_stages=1):
-        b, row0, column0, row1, column1, valid = _load_match(
-            batch_ptr, cells0_ptr, cells1_ptr, m, B, H0, W0, H1, W1
-        )
+        b, row0, column0, row1, column1, valid = _load_match(batch_ptr, cells0_ptr, cells1_ptr, m, B, H0, W0, H1, W1)
         channel = first + tl.arange(0, BLOCK_D)
         is_coarse = channel < coarse_channels
         if OF == 0:
@@ -177,9 +171,7 @@ def _window_match_bwd(
             if SOFT:
                 through = tl.dot(rounded, window1, input_precision=PRECISION) * unit
                 out += tl.where(is_coarse[None, :], through, 0.0)
-            _store_patch(
-                out, patches_ptr, row0, column0, H0, W0, channel, D, valid, WINDOW, 0, PIXELS, DOT, PRECISION
-            )
+            _store_patch(out, patches_ptr, row0, column0, H0, W0, channel, D, valid, WINDOW, 0, PIXELS, DOT, PRECISION)
         else:
             window0 = _load_window(
                 map0_ptr + b * stride0_b, row0, column0, H0, W0, stride0_c, stride0_y, stride0_x, channel, D,

@@ -166,9 +166,7 @@ def _window_match_fwd(
 ):
     """All outputs of one match; grid (M,)."""
     m = tl.program_id(0).to(tl.int64)
-    b, row0, column0, row1, column1, valid = _load_match(
-        batch_ptr, cells0_ptr, cells1_ptr, m, B, H0, W0, H1, W1
-    )
+    b, row0, column0, row1, column1, valid = _load_match(batch_ptr, cells0_ptr, cells1_ptr, m, B, H0, W0, H1, W1)
     channel = tl.arange(0, BLOCK_D)
     window0 = _load_window(
         map0_ptr + b * stride0_b, row0, column0, H0, W0, stride0_c, stride0_y, stride0_x, channel, D,

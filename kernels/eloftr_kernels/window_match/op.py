@@ -82,9 +82,7 @@ def window_match(
     _check_matches(map0, {"batch": batch, "cells0": cells0, "cells1": cells1})
     if not triton or map0.device.type == "cpu" or not map0.shape[0]:
         cells = [(m.shape[2] // 4) * (m.shape[3] // 4) for m in (map0, map1)]
-        check_indices(
-            {"batch": (batch, map0.shape[0]), "cells0": (cells0, cells[0]), "cells1": (cells1, cells[1])}
-        )
+        check_indices({"batch": (batch, map0.shape[0]), "cells0": (cells0, cells[0]), "cells1": (cells1, cells[1])})
     options = subpixel_channels, subpixel_temperature, centred_subpixel, soft_temperature
     if not triton:
         return cpu.window_match(map0, map1, batch, cells0, cells1, *options)
@@ -141,9 +139,7 @@ def _forward(
     )  # fmt: skip
 
 
-def _backward_fake(
-    best: Tensor, grads: list[Tensor], map0: Tensor, map1: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
+def _backward_fake(best: Tensor, grads: list[Tensor], map0: Tensor, map1: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(map0), torch.empty_like(map1)
 
 
@@ -200,9 +196,7 @@ def _check(
         raise TypeError(f"map0: expected a floating-point dtype, got {map0.dtype}; convert it with .float().")
     for name, fine_map in (("map0", map0), ("map1", map1)):
         if min(fine_map.shape[2:]) < 4:
-            raise ValueError(
-                f"{name}: expected at least 4 rows and 4 columns (one cell), got {tuple(fine_map.shape)}."
-            )
+            raise ValueError(f"{name}: expected at least 4 rows and 4 columns (one cell), got {tuple(fine_map.shape)}.")
     check_devices({"map0": map0, "map1": map1})
     if not 0 < subpixel_channels < D:
         raise ValueError(f"subpixel_channels: expected 1 to D - 1 = {D - 1}, got {subpixel_channels}.")

@@ -123,9 +123,7 @@ def test_other_than_pairs_is_refused(processor_class, images, message):
 
 
 def test_two_sizes_without_a_resize_are_refused(processor_class):
-    with pytest.raises(
-        ValueError, match="expected one size with do_resize=False, got images of 60 x 40, 64 x 48"
-    ):
+    with pytest.raises(ValueError, match="expected one size with do_resize=False, got images of 60 x 40, 64 x 48"):
         processor_class(do_resize=False)([picture(), picture(48, 64)], return_tensors="pt")
 
 
@@ -141,9 +139,7 @@ def test_settings_go_to_a_file_and_come_back(processor_class, tmp_path):
 
 
 def test_keypoints_are_floats_in_pixels_of_the_originals(processor_class):
-    outputs = output_of(
-        [1, -1, 0], [0.9, 0.0, 0.4], [[[0.5, 0.25], [0, 0], [1, 1]], [[0.1, 0.2], [0.3, 0.7], [0, 0]]]
-    )
+    outputs = output_of([1, -1, 0], [0.9, 0.0, 0.4], [[[0.5, 0.25], [0, 0], [1, 1]], [[0.1, 0.2], [0.3, 0.7], [0, 0]]])
     for sizes in ([((100, 200), (50, 80))], torch.tensor([[[100, 200], [50, 80]]])):
         (found,) = processor_class().post_process_keypoint_matching(outputs, sizes)
         expected0 = torch.tensor([[100.0, 25.0], [200.0, 100.0]])

@@ -93,9 +93,7 @@ def test_missing_weights_are_initialised_and_reported(tiny_folder, tmp_path):
     del state[left_out]
     safetensors.torch.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
-    model, report = interface.EfficientLoFTRForKeypointMatching.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
+    model, report = interface.EfficientLoFTRForKeypointMatching.from_pretrained(tmp_path, output_loading_info=True)
     assert set(report["missing_keys"]) == {left_out}
     assert model.state_dict()[left_out].isfinite().all()
     assert model.state_dict()[left_out].abs().max() > 0
@@ -106,12 +104,8 @@ def test_weights_of_another_model_are_refused(tmp_path):
     for load in (interface.AutoModelForKeypointMatching, interface.EfficientLoFTRModel):
         with pytest.raises(ValueError, match="model_type: expected 'efficientloftr', got 'superglue'"):
             load.from_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({"image_processor_type": "ViTImageProcessor"})
-    )
-    with pytest.raises(
-        ValueError, match="image_processor_type: expected EfficientLoFTRImageProcessor, got ViT"
-    ):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor"}))
+    with pytest.raises(ValueError, match="image_processor_type: expected EfficientLoFTRImageProcessor, got ViT"):
         interface.AutoImageProcessor.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected an EfficientLoFTRConfig, got SuperGlueConfig"):
         interface.AutoModelForKeypointMatching.from_config(transformers.SuperGlueConfig())
@@ -132,9 +126,7 @@ def test_registered_classes_come_from_transformers_own_names_and_go_again(tiny_f
     interface.register()
     interface.register()
     try:
-        assert (
-            transformers.AutoConfig.from_pretrained(tiny_folder).__class__ is interface.EfficientLoFTRConfig
-        )
+        assert transformers.AutoConfig.from_pretrained(tiny_folder).__class__ is interface.EfficientLoFTRConfig
         ours = transformers.AutoModelForKeypointMatching.from_pretrained(tiny_folder)
         assert type(ours) is interface.EfficientLoFTRForKeypointMatching
         assert type(transformers.AutoModel.from_pretrained(tiny_folder)) is interface.EfficientLoFTRModel
@@ -244,9 +236,7 @@ def test_the_documentation_pages_code_runs_with_one_import_changed(module, tiny_
 
 def test_without_transformers_the_message_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "4.57.0")
-    with pytest.raises(
-        ImportError, match=r"expected version 5 or newer, got 4\.57\.0.*eloftr-ops\[transformers\]"
-    ):
+    with pytest.raises(ImportError, match=r"expected version 5 or newer, got 4\.57\.0.*eloftr-ops\[transformers\]"):
         check_transformers()
 
     def missing(name):

@@ -84,9 +84,7 @@ def test_a_batch_gives_what_its_pairs_give(model):
     for index in range(3):
         alone = model(pixel_values[index : index + 1])
         count = alone.matches.shape[-1]
-        torch.testing.assert_close(
-            together.keypoints[index, :, :count], alone.keypoints[0], rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(together.keypoints[index, :, :count], alone.keypoints[0], rtol=0, atol=1e-6)
         torch.testing.assert_close(
             together.matching_scores[index, :, :count], alone.matching_scores[0], rtol=1e-5, atol=0
         )
@@ -129,9 +127,7 @@ def test_the_first_argument_of_forward_is_pixel_values():
         assert names == ["pixel_values", "labels", "output_attentions", "output_hidden_states", "return_dict"]
 
 
-@pytest.mark.parametrize(
-    "model_class", [interface.EfficientLoFTRModel, interface.EfficientLoFTRForKeypointMatching]
-)
+@pytest.mark.parametrize("model_class", [interface.EfficientLoFTRModel, interface.EfficientLoFTRForKeypointMatching])
 @torch.no_grad()
 def test_hidden_states_are_the_maps_after_each_block(model_class):
     model, pixel_values = tiny_interface(model_class), pairs(2)
@@ -145,9 +141,7 @@ def test_hidden_states_are_the_maps_after_each_block(model_class):
     assert len(model(pixel_values).hidden_states) == sum(model.config.stage_num_blocks)
 
 
-@pytest.mark.parametrize(
-    "model_class", [interface.EfficientLoFTRModel, interface.EfficientLoFTRForKeypointMatching]
-)
+@pytest.mark.parametrize("model_class", [interface.EfficientLoFTRModel, interface.EfficientLoFTRForKeypointMatching])
 @torch.no_grad()
 def test_attentions_are_weights_that_sum_to_one(model_class):
     model, pixel_values = tiny_interface(model_class), pairs(2)

@@ -44,9 +44,7 @@ def test_the_loss_is_that_of_training():
     batch = TrainingBatch(*_batch(images, shift_labels(2), False))
     losses = batch_losses(model.matcher, batch, model.loss_config)
     expected = sum(w * loss for w, loss in zip(term_weights(model.loss_config), losses, strict=False))
-    torch.testing.assert_close(
-        model(pixel_values, labels=shift_labels(2)).loss, expected, rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(model(pixel_values, labels=shift_labels(2)).loss, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
