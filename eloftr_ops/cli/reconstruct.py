@@ -11,7 +11,20 @@ import typer
 from rich.console import Console
 
 from eloftr_ops.cli.common import Report, Threads, UsageError, Weights, print_line, reported_mistakes
-from eloftr_ops.cli.match_pairs import Pairs, watch_pairs
+from eloftr_ops.cli.match_pairs import watch_pairs
+from eloftr_ops.cli.pair_options import (
+    Batch,
+    Devices,
+    Images,
+    Memory,
+    Neighbours,
+    Pairs,
+    PairsOption,
+    Resize,
+    Source,
+    Threshold,
+    Window,
+)
 from eloftr_ops.matching import DEFAULT_RESIZE, DEFAULT_WEIGHTS
 from eloftr_ops.reconstruction.bulk import PairChoice
 from eloftr_ops.reconstruction.engine import MatchSettings
@@ -21,17 +34,7 @@ from eloftr_ops.storage import FolderInUseError
 
 __all__ = ["reconstruct_command"]
 
-_Source = typer.Argument(help="Folder of images, or text file of pairs.", show_default=False)
 _Output = typer.Option("--output", "-o", help="Folder to write into; made if it is missing.")
-_Pairs = typer.Option("--pairs", help="How pairs are chosen from a folder.")
-_Images = typer.Option(help="Folder of the images in a file of pairs; that of the file by default.")
-_Window = typer.Option(min=1, help="sequential: images behind an image that it is matched with.")
-_Neighbours = typer.Option(min=1, help="retrieval: images most alike that an image is matched with.")
-_Resize = typer.Option(min=0, help="Reduce longer images to this long side, in pixels; 0: never.")
-_Threshold = typer.Option(help="Least confidence of a match; the weights' own by default.")
-_Batch = typer.Option(min=1, help="Pairs of equal sizes that a GPU matches together.")
-_Devices = typer.Option(help="auto: all CUDA GPUs, or the CPU; or names: cuda:0,cuda:1.")
-_Memory = typer.Option(min=0.1, help="GiB on each device for the features of images.")
 _CameraModel = typer.Option(help="COLMAP's: SIMPLE_PINHOLE, PINHOLE, SIMPLE_RADIAL, RADIAL, OPENCV, ...")
 _CellSize = typer.Option(help="Round keypoints to cells of so many pixels, as hloc does, in place of tracks.")
 _MaxError = typer.Option(help="With --cell-size: side of the squares that keypoints are rounded to.")
@@ -39,18 +42,18 @@ _Overwrite = typer.Option("--overwrite", help="Match anew, too; without it, fini
 
 
 def reconstruct_command(
-    source: Annotated[Path, _Source],
+    source: Source,
     output: Annotated[Path, _Output],
-    pairs: Annotated[Pairs, _Pairs] = Pairs.exhaustive,
-    images: Annotated[Path | None, _Images] = None,
-    window: Annotated[int, _Window] = 10,
-    neighbours: Annotated[int, _Neighbours] = 20,
+    pairs: PairsOption = Pairs.exhaustive,
+    images: Images = None,
+    window: Window = 10,
+    neighbours: Neighbours = 20,
     weights: Weights = DEFAULT_WEIGHTS,
-    resize: Annotated[int, _Resize] = DEFAULT_RESIZE,
-    threshold: Annotated[float | None, _Threshold] = None,
-    batch: Annotated[int, _Batch] = 4,
-    devices: Annotated[str, _Devices] = "auto",
-    memory: Annotated[float, _Memory] = 4.0,
+    resize: Resize = DEFAULT_RESIZE,
+    threshold: Threshold = None,
+    batch: Batch = 4,
+    devices: Devices = "auto",
+    memory: Memory = 4.0,
     camera_model: Annotated[str, _CameraModel] = "SIMPLE_RADIAL",
     cell_size: Annotated[float | None, _CellSize] = None,
     max_error: Annotated[float | None, _MaxError] = None,
