@@ -30,6 +30,7 @@ from eloftr_ops.efforts import EFFORTS, Effort
 from eloftr_ops.geometry import verification
 
 MODELS = ("homography", "fundamental")
+_LEAST_PAIRS = 40  # both halves have a 5 % quantile
 
 
 def kept_matches(paths: tuple[Path, Path], resize: int, effort: Effort, cache: Path) -> dict[str, np.ndarray]:
@@ -101,6 +102,10 @@ def main() -> None:
     parser.add_argument("--resize", type=int, default=480)
     parser.add_argument("--effort", choices=EFFORTS, default="fast", help="of match_images")
     options = parser.parse_args()
+    if options.unrelated < _LEAST_PAIRS:
+        parser.error(
+            f"--unrelated: expected at least {_LEAST_PAIRS}, a tail has no shape in fewer, got {options.unrelated}"
+        )
     options.cache.mkdir(parents=True, exist_ok=True)
 
     same = {frozenset(pair) for pair in options.same}

@@ -97,13 +97,12 @@ class Runner:
         return frame
 
     def _found(self, request: _Request, out: Mapping[str, Tensor], rows: Any) -> Found:
-        """The matches of one look, those aside that lie outside an image."""
+        """The matches of one look, those aside that lie outside an image or on its mask."""
         seen = [out[name].cpu()[rows] for name in ("keypoints0", "keypoints1")]
         points = [warp.to_image(x) for warp, x in zip(request.look.warps, seen, strict=True)]
-        inside = torch.ones(len(points[0]), dtype=torch.bool)
-        for x, source in zip(points, self._sources[request.pair], strict=True):
-            inside &= ((x >= 0) & (x <= x.new_tensor(source.size_wh))).all(1)
-        return Found(points[0], points[1], out["confidence"].cpu()[rows], seen[0], seen[1]).rows(inside)
+        sources = self._sources[request.pair]
+        covered = sources[0].covers(points[0]) & sources[1].covers(points[1])
+        return Found(points[0], points[1], out["confidence"].cpu()[rows], seen[0], seen[1]).rows(covered)
 
 
 def _shows_something(frame: _Frame) -> bool:

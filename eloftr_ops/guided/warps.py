@@ -68,14 +68,29 @@ class Source(NamedTuple):
     mask: Tensor | None  # (1, 1, H, W), zero where there is no image
     size_wh: tuple[int, int]  # working size: the pixels that warps map to
 
+    def covers(self, points: Tensor) -> Tensor:
+        """(N,) bool: which points (N, 2) lie on the image, and not on a masked pixel."""
+        inside = ((points >= 0) & (points <= points.new_tensor(self.size_wh))).all(1)
+        if self.mask is None:
+            return inside
+        height, width = self.mask.shape[-2:]
+        pixels = (points.detach() * points.new_tensor([width, height]) / points.new_tensor(self.size_wh)).long()
+        mask = self.mask[0, 0].to(points.device)
+        return inside & (mask[pixels[:, 1].clamp(0, height - 1), pixels[:, 0].clamp(0, width - 1)] > 0)
+
     def detached(self) -> Source:
         """The same without gradient."""
         return self._replace(levels=tuple(level.detach() for level in self.levels))
 
     @staticmethod
     def of(image: Tensor, mask: Tensor | None, size_wh: tuple[int, int]) -> Source:
-        """An image (1, 1, H, W), and its mask (1, H, W); half precision becomes float32, which places are told in."""
+        """An image (1, 1, H, W), and its mask (1, H, W); half precision becomes float32, which places are told in.
+
+        Masked pixels become zero: what lies there does not matter, and must not reach its neighbours.
+        """
         image = image if image.dtype is torch.float64 else image.float()
+        if mask is not None:
+            image = image.masked_fill(mask[:, None] == 0, 0)
         levels = [image]
         while min(levels[-1].shape[-2:]) >= 64 and len(levels) < 6:
             levels.append(F.avg_pool2d(levels[-1], 2))
@@ -138,8 +153,8 @@ def seen_through(source: Source, warp: Warp) -> tuple[Tensor, Tensor | None]:
     extent = mapped.new_tensor(source.size_wh)
     inside = ((mapped >= 0) & (mapped <= extent)).all(-1).to(dtype)[None, None].to(device)
     grid = (2 * mapped / extent - 1).clamp(-2, 2).to(device=device, dtype=dtype)[None]
-    mode = "bilinear"
-    values = F.grid_sample(pixels, grid, mode=mode, padding_mode="border", align_corners=False).clamp(0, 1)
+    # Torch's bicubic kernel would shift a linear ramp by up to an eighth of a pixel.
+    values = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
     if source.mask is not None:
         seen = F.grid_sample(source.mask, grid, mode="nearest", padding_mode="border", align_corners=False)
         inside = inside * seen
