@@ -58,6 +58,7 @@ class ImageMatches:
     coarse: ImageMatches | None = None
     effort: Effort = "fast"
     looks: int = 1  # that were taken
+    expired: bool = False  # whether the time budget kept a look from being taken
     views: tuple[str, ...] = ("as they are",)  # how the images were seen where the matches come from, in words
     _kept: dict[Any, Any] = field(default_factory=dict)
 

@@ -160,6 +160,7 @@ def _match_guided(
         device,
         effort=matcher.effort,
         looks=1 if report is None else report.looks,
+        expired=report is not None and report.expired,
         views=("as they are",) if report is None else report.views,
     )
 

@@ -159,8 +159,10 @@ def _write_and_print(
     count = len(matches)
     none = "0: no match above the threshold; try a lower --threshold"
     print_line(console, "matches", f"{count}" if count else none)
-    if matches.looks > 1:
-        print_line(console, "looks", f"{matches.looks}; the matches come from: {', then '.join(matches.views)}")
+    if matches.looks > 1 or matches.expired:
+        ended = "; the time was spent" if matches.expired else ""
+        views = ", then ".join(matches.views)
+        print_line(console, "looks", f"{matches.looks}; the matches come from: {views}{ended}")
     print_line(console, "time", f"{matches.seconds:.2f} s on {describe_device(matches.device)}")
     if chosen is not None and count:
         inliers = describe_inliers(matches, chosen, inlier_threshold)

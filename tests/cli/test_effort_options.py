@@ -25,6 +25,12 @@ def test_the_looks_are_reported() -> None:
     assert int(line.split()[1].rstrip(";")) > 1
 
 
+def test_a_budget_that_ends_the_search_is_reported() -> None:
+    result = match("--effort", "normal", "--seconds", "0")
+    assert result.exit_code == 0
+    assert "1; the matches come from: as they are; the time was spent" in " ".join(result.stdout.split())
+
+
 def test_one_look_is_not_mentioned() -> None:
     assert "looks" not in match().stdout
 
