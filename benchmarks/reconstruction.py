@@ -31,6 +31,7 @@ from eloftr_ops.reconstruction.colmap import map_incrementally, verify_pairs, wr
 from eloftr_ops.reconstruction.engine import MatchSettings
 from eloftr_ops.reconstruction.match_file import MatchFile
 from eloftr_ops.reconstruction.quantisation import quantised_tracks
+from eloftr_ops.reconstruction.sharpening import sharpen_tracks
 from eloftr_ops.reconstruction.tracks import Tracks, build_tracks
 
 Array = npt.NDArray[np.float64]
@@ -98,14 +99,14 @@ def true_poses(pairs: list[dict[str, Any]]) -> dict[str, Array]:
     return poses
 
 
-def _tracks_contender(make: Callable[[Any, int], Tracks]) -> Callable[[Row, Path, Path, Any], None]:
+def _tracks_contender(make: Callable[[Any, int, Path], Tracks]) -> Callable[[Row, Path, Path, Any], None]:
     def run(row: Row, images: Path, work: Path, arguments: Any) -> None:
         settings = MatchSettings(resize=arguments.resize)
         report = match_pairs(PairChoice(images), work / "matches.h5", settings, watch=watch_pairs)
         row.matching_seconds = report.seconds if report.matched else 0.0
         start = time.perf_counter()
         with MatchFile(work / "matches.h5") as file:
-            tracks = make([file.read(pair) for pair in file.pairs()], arguments.resize)
+            tracks = make([file.read(pair) for pair in file.pairs()], arguments.resize, images)
         row.tracks_seconds = time.perf_counter() - start
         cameras = {name: read_camera(images / name) for name in tracks.names}
         (work / row.contender).mkdir(exist_ok=True)
@@ -173,10 +174,11 @@ def camera_errors(found: Array, true: Array) -> tuple[float, float]:
 
 
 CONTENDERS: dict[str, Callable[[Row, Path, Path, Any], None]] = {
-    "tracks": _tracks_contender(build_tracks),
-    "rounding-1": _tracks_contender(quantised_tracks),
-    "rounding-4": _tracks_contender(lambda m, r: quantised_tracks(m, r, cell_size=4, max_error=4)),
-    "hloc-8-2": _tracks_contender(lambda m, r: quantised_tracks(m, r, cell_size=8, max_error=2)),
+    "tracks": _tracks_contender(lambda m, r, images: sharpen_tracks(build_tracks(m, r), images, r)),
+    "matches-alone": _tracks_contender(lambda m, r, _: build_tracks(m, r)),
+    "rounding-1": _tracks_contender(lambda m, r, _: quantised_tracks(m, r)),
+    "rounding-4": _tracks_contender(lambda m, r, _: quantised_tracks(m, r, cell_size=4, max_error=4)),
+    "hloc-8-2": _tracks_contender(lambda m, r, _: quantised_tracks(m, r, cell_size=8, max_error=2)),
     "sift": _sift,
 }
 

@@ -29,7 +29,7 @@ class Target(enum.StrEnum):
 
 
 _Matches = typer.Argument(help="File of match-pairs, .h5.", show_default=False)
-_Images = typer.Option(help="Folder of the images: for their EXIF data.")
+_Images = typer.Option(help="Folder of the images: for their pixels and EXIF data.")
 _Output = typer.Option("--output", "-o", help="Folder to write into; made if it is missing.")
 _To = typer.Option("--to", help="Program that reads the files.")
 _CellSize = typer.Option(help="Round keypoints to cells of so many pixels, as hloc does, in place of tracks.")
@@ -51,7 +51,7 @@ def export_matches(
         grid = None if cell_size is None else Grid(cell_size, max_error or cell_size)
         with MatchFile(matches) as file:
             resize = int(file.settings.get("resize", 0))
-            tracks = keypoints_of(file, resize, grid or TrackConfig())
+            tracks = keypoints_of(file, resize, grid or TrackConfig(), images)
         cameras = {name: read_camera(images / name) for name in tracks.names}
         written = export_tracks(to.value, output, tracks, cameras)
     console = Report()

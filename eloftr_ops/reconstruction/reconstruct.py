@@ -32,6 +32,7 @@ from eloftr_ops.reconstruction.engine import MatchSettings
 from eloftr_ops.reconstruction.match_file import MatchFile
 from eloftr_ops.reconstruction.picture import color_points, draw_model
 from eloftr_ops.reconstruction.quantisation import quantised_tracks
+from eloftr_ops.reconstruction.sharpening import sharpen_tracks
 from eloftr_ops.reconstruction.tracks import TrackConfig, TrackReport, Tracks, build_tracks
 from eloftr_ops.storage import folder_lock, write_file
 
@@ -117,7 +118,7 @@ def reconstruct(
             report.refused_pairs = len(bulk.refused)
         with _step(report, output, "tracks"):
             with MatchFile(output / "matches.h5") as file:
-                tracks = keypoints_of(file, settings.resize, keypoints or TrackConfig())
+                tracks = keypoints_of(file, settings.resize, keypoints or TrackConfig(), choice.folder)
             report.images, report.tracks = len(tracks.names), tracks.report
         with _step(report, output, "verification"):
             cameras = {name: read_camera(choice.folder / name) for name in tracks.names}
@@ -131,12 +132,12 @@ def reconstruct(
     return report
 
 
-def keypoints_of(file: MatchFile, resize: int, keypoints: TrackConfig | Grid) -> Tracks:
-    """Keypoints and tracks of all pairs of a file of matches that were made at this size."""
+def keypoints_of(file: MatchFile, resize: int, keypoints: TrackConfig | Grid, images: Path) -> Tracks:
+    """Keypoints and tracks of all pairs of a file of matches, which were made at this size from this folder."""
     matches = [file.read(pair) for pair in file.pairs()]
     if isinstance(keypoints, Grid):
         return quantised_tracks(matches, resize, cell_size=keypoints.cell_size, max_error=keypoints.max_error)
-    return build_tracks(matches, resize, keypoints)
+    return sharpen_tracks(build_tracks(matches, resize, keypoints), images, resize)
 
 
 def _map(report: ReconstructionReport, output: Path, images: Path, threads: int) -> None:

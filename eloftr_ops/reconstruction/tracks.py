@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +27,18 @@ from eloftr_ops.reconstruction.adjustment import adjust_keypoints, constraint_er
 from eloftr_ops.reconstruction.journal import PairMatches
 from eloftr_ops.reconstruction.match_table import Array, MatchTable, read_table, verified
 from eloftr_ops.reconstruction.pairs import Pair
-from eloftr_ops.reconstruction.propagation import Grown, grow_tracks
+from eloftr_ops.reconstruction.propagation import grow_tracks
 
-__all__ = ["TrackConfig", "TrackReport", "Tracks", "build_tracks", "components", "track_report"]
+__all__ = [
+    "TrackConfig",
+    "TrackReport",
+    "TrackTable",
+    "Tracks",
+    "build_tracks",
+    "collect_tracks",
+    "components",
+    "track_report",
+]
 
 Indexes = npt.NDArray[np.int64]
 
@@ -72,6 +82,8 @@ class TrackReport:
         mean_error: likewise.
         conflicts: times that two points of an image would have become one track.
         broken: ties that did not agree.
+        unlike: keypoints left out since their pixels do not look like their track's
+            (`eloftr_ops.reconstruction.sharpening`).
     """
 
     matches: int
@@ -82,6 +94,7 @@ class TrackReport:
     mean_error: float
     conflicts: int = 0
     broken: int = 0
+    unlike: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +113,18 @@ class Tracks:
     track: list[Indexes]  # (K,) number of the point of the scene
     pairs: dict[Pair, npt.NDArray[np.int64]]  # (M, 2) keypoints of both images that are one point
     report: TrackReport
+
+
+class TrackTable(NamedTuple):
+    """The K keypoints of all images in one table."""
+
+    names: list[str]
+    sizes_wh: list[tuple[int, int]]
+    pairs: list[Pair]
+    image: Indexes  # (K,)
+    track: Indexes  # (K,) any number
+    position: Array  # (K, 2) pixels of the originals
+    score: Array  # (K,)
 
 
 def build_tracks(matches: Iterable[PairMatches], resize: int = 640, config: TrackConfig | None = None) -> Tracks:
@@ -132,8 +157,10 @@ def build_tracks(matches: Iterable[PairMatches], resize: int = 640, config: Trac
     used[edges] = True
     weight = np.bincount(edges.ravel(), np.repeat(ties.weight, 2), len(position)).astype(np.float64)
     report = track_report(given, errors[agree], label[used], conflicts=grown.conflicts, broken=int((~agree).sum()))
-    grown = grown._replace(position=position, track=label)
-    return _sorted_tracks(table, grown, weight, used, report)
+    position *= table.scales[grown.image][:, None]
+    pairs = [pair.pair for pair in table.pairs]
+    keypoints = TrackTable(table.names, table.sizes_wh, pairs, grown.image, label, position, weight)
+    return collect_tracks(keypoints, used, report)
 
 
 def track_report(
@@ -153,23 +180,23 @@ def track_report(
     )
 
 
-def _sorted_tracks(
-    table: MatchTable, grown: Grown, weight: Array, used: npt.NDArray[np.bool_], report: TrackReport
-) -> Tracks:
+def collect_tracks(table: TrackTable, used: npt.NDArray[np.bool_], report: TrackReport) -> Tracks:
     """Sort the keypoints that are used by image and by track, and match those of a track in every pair."""
-    _, label = np.unique(grown.track, return_inverse=True)
-    by_image = [np.flatnonzero(used & (grown.image == k)) for k in range(len(table.names))]
+    label = np.zeros(len(table.track), np.int64)
+    label[used] = np.unique(table.track[used], return_inverse=True)[1]
+    by_image = [np.flatnonzero(used & (table.image == k)) for k in range(len(table.names))]
     by_image = [rows[np.argsort(label[rows], kind="stable")] for rows in by_image]
+    number = {name: k for k, name in enumerate(table.names)}
     pairs = {}
     for pair in table.pairs:
-        first, second = (label[by_image[image]] for image in pair.images)
+        first, second = (label[by_image[number[name]]] for name in pair)
         _, rows0, rows1 = np.intersect1d(first, second, assume_unique=True, return_indices=True)
-        pairs[pair.pair] = np.stack([rows0, rows1], 1).astype(np.int64)
+        pairs[pair] = np.stack([rows0, rows1], 1).astype(np.int64)
     return Tracks(
         table.names,
         table.sizes_wh,
-        [(grown.position[rows] * table.scales[k]).astype(np.float32) for k, rows in enumerate(by_image)],
-        [weight[rows].astype(np.float32) for rows in by_image],
+        [table.position[rows].astype(np.float32) for rows in by_image],
+        [table.score[rows].astype(np.float32) for rows in by_image],
         [label[rows] for rows in by_image],
         pairs,
         report,

@@ -112,8 +112,9 @@ def test_openmvg(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("program", ["colmap", "hloc", "opensfm", "openmvg"])
 def test_the_command(tmp_path: Path, program: str) -> None:
-    for name in ("a.png", "b.png"):
-        save_image(tmp_path / name, torch.rand(40, 60))
+    picture = torch.rand(40, 60)
+    save_image(tmp_path / "a.png", picture)
+    save_image(tmp_path / "b.png", picture.roll((1, 1), (0, 1)))
     points = np.array([[10.5, 20.5], [30.25, 30.75]], np.float32)
     pair = PairMatches(("a.png", "b.png"), points, points + 1, np.ones(2, np.float32), (60, 40), (60, 40))
     write_match_file(tmp_path / "m.h5", [pair], {"resize": 640})
