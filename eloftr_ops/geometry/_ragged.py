@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eloftr_ops.geometry._covariances import Covariances
 from eloftr_ops.geometry._linalg import extreme_unit, power_of_two
 from eloftr_ops.geometry._precision import to_work, work_device
 
@@ -22,12 +23,14 @@ class Matches(NamedTuple):
     batch_indexes: Tensor  # (M,)
     batch_size: int
     weights: Tensor | None  # (M,)
+    covariances: Covariances | None = None  # (M, 2, 2) each
 
     def of_rows(self, rows: Tensor, batch_indexes: Tensor, batch_size: int) -> "Matches":
         """Return some of the matches, with new batch indexes."""
         keypoints0, keypoints1 = (x[rows.to(x.device)] for x in (self.keypoints0, self.keypoints1))
         weights = None if self.weights is None else self.weights[rows.to(self.weights.device)]
-        return Matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
+        covariances = None if self.covariances is None else self.covariances.map(lambda x: x[rows.to(x.device)])
+        return Matches(keypoints0, keypoints1, batch_indexes, batch_size, weights, covariances)
 
 
 class PaddedMatches(NamedTuple):
@@ -40,6 +43,7 @@ class PaddedMatches(NamedTuple):
     eps: float  # machine epsilon of the dtype the coordinates came in
     unit0: Tensor  # (B,), pixels; 1 for coordinates of ordinary magnitude
     unit1: Tensor  # (B,)
+    covariances: Covariances | None = None  # in squares of these units; the identity beyond a pair's own matches
 
     def gather(self, values: Tensor) -> Tensor:
         """Values `(B, N)` of the padded batch, as `(M,)` in the order of the matches."""
@@ -82,8 +86,8 @@ def pad_matches(matches: Matches, *, one_unit: bool = False) -> PaddedMatches:
     columns = max(int(counts.max()), 1)
     slots = index * columns + rank
 
-    def laid_out(values: Tensor) -> Tensor:
-        empty = values.new_zeros((batch_size * columns, *values.shape[1:]))
+    def laid_out(values: Tensor, beyond: Tensor | float = 0.0) -> Tensor:
+        empty = values.new_zeros((batch_size * columns, *values.shape[1:])) + beyond
         return empty.index_copy(0, slots, values).view(batch_size, columns, *values.shape[1:])
 
     eps = max(torch.finfo(x.dtype).eps for x in (matches.keypoints0, matches.keypoints1))
@@ -92,7 +96,18 @@ def pad_matches(matches: Matches, *, one_unit: bool = False) -> PaddedMatches:
     if one_unit:
         unit0 = unit1 = torch.maximum(unit0, unit1)
     shares = shares / power_of_two(shares, (1,))
-    return PaddedMatches(points0 / unit0, points1 / unit1, shares, slots, eps, unit0[:, 0, 0], unit1[:, 0, 0])
+    covariances = None
+    if matches.covariances is not None:
+        eye = torch.eye(2, dtype=points0.dtype, device=points0.device)
+        units = (unit0[..., None], unit1[..., None])
+        covariances = Covariances(
+            *(
+                None if x is None else laid_out(to_work(x).to(eye.device), eye) / unit / unit
+                for x, unit in zip(matches.covariances, units, strict=True)
+            )
+        )
+    frame = (unit0[:, 0, 0], unit1[:, 0, 0])
+    return PaddedMatches(points0 / unit0, points1 / unit1, shares, slots, eps, *frame, covariances)
 
 
 def solve_in_pieces(

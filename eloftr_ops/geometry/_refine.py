@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eloftr_ops.geometry._charts import ChartT
+from eloftr_ops.geometry._covariances import Covariances
 from eloftr_ops.geometry._linalg import LEAST_GAP
 from eloftr_ops.geometry._residuals import Residual
 from eloftr_ops.geometry._robust import robust_cost, robust_weight
@@ -32,29 +33,32 @@ class RobustCost(NamedTuple):
     """A robust, weighted sum of squared residuals of padded matches; points in a frame of unit size."""
 
     residual: Residual
-    points0: Tensor  # (B, N, 2)
+    points0: Tensor  # (B, N, 2), or (B, N, 3) in space
     points1: Tensor  # (B, N, 2)
     weights: Tensor  # (B, N)
     scale: Tensor  # (B,), robust scale in the unit of the points
     kernel: str | None
+    covariances: Covariances | None = None  # relative ones
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "RobustCost":
+        """Apply a function to all data."""
+        return RobustCost(
+            self.residual,
+            function(self.points0),
+            function(self.points1),
+            function(self.weights),
+            function(self.scale),
+            self.kernel,
+            None if self.covariances is None else self.covariances.map(function),
+        )
 
     def detached(self) -> "RobustCost":
         """Return the same objective without a graph."""
-        return self._replace(
-            points0=self.points0.detach(),
-            points1=self.points1.detach(),
-            weights=self.weights.detach(),
-            scale=self.scale.detach(),
-        )
+        return self.map(lambda x: x.detach())
 
     def with_gradient_where(self, pairs: Tensor) -> "RobustCost":
         """Return the same objective, whose other pairs pass no gradient on, not even NaN."""
-        return self._replace(
-            points0=torch.where(pairs[:, None, None], self.points0, self.points0.detach()),
-            points1=torch.where(pairs[:, None, None], self.points1, self.points1.detach()),
-            weights=torch.where(pairs[:, None], self.weights, self.weights.detach()),
-            scale=torch.where(pairs, self.scale, self.scale.detach()),
-        )
+        return self.map(lambda x: torch.where(pairs.view(-1, *([1] * (x.ndim - 1))), x, x.detach()))
 
     def _shares(self) -> Tensor:
         total = self.weights.detach().sum(1, keepdim=True)
@@ -62,7 +66,7 @@ class RobustCost(NamedTuple):
 
     def squared(self, matrix: Tensor) -> Tensor:
         """Squared residuals `(B, N)`."""
-        return self.residual.value(matrix, self.points0, self.points1).square().sum(-1)
+        return self.residual.value(matrix, self.points0, self.points1, self.covariances).square().sum(-1)
 
     def cost(self, matrix: Tensor) -> Tensor:
         """Cost `(B,)`."""
@@ -70,8 +74,9 @@ class RobustCost(NamedTuple):
 
     def normal_equations(self, matrix: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
         """Gauss-Newton matrix `(B, p, p)` and gradient of the cost `(B, p)` in local coordinates."""
-        value = self.residual.value(matrix, self.points0, self.points1)
-        slope = self.residual.jacobian(matrix, self.points0, self.points1) @ tangent[:, None]
+        data = (matrix, self.points0, self.points1, self.covariances)
+        value = self.residual.value(*data)
+        slope = self.residual.jacobian(*data) @ tangent[:, None]
         weight = self._shares() * robust_weight(value.square().sum(-1), self.scale, self.kernel)
         scaled = (slope * weight[..., None, None]).flatten(1, 2)
         return scaled.mT @ slope.flatten(1, 2), (scaled.mT @ value.flatten(1, 2)[..., None])[..., 0]
@@ -167,7 +172,8 @@ first_order: Callable[[Tensor], Tensor] = _FirstOrder.apply
 
 
 def _carries_gradient(objective: RobustCost) -> bool:
-    data = (objective.points0, objective.points1, objective.weights, objective.scale)
+    data = [objective.points0, objective.points1, objective.weights, objective.scale]
+    data += [] if objective.covariances is None else objective.covariances.given
     return any(part.requires_grad for part in data)
 
 
@@ -229,14 +235,7 @@ def _positive_definite(matrix: Tensor) -> Tensor:
 def _hessian(chart: ChartT, objective: RobustCost) -> Tensor:
     """Second derivative `(B, p, p)` of the cost; pairs do not interact, so p backward passes suffice."""
     with torch.inference_mode(False), torch.enable_grad():
-        normal = RobustCost(
-            objective.residual,
-            objective.points0.clone(),
-            objective.points1.clone(),
-            objective.weights.clone(),
-            objective.scale.clone(),
-            objective.kernel,
-        )
+        normal = objective.map(lambda x: x.clone())
         start = chart.where(torch.ones_like(objective.scale, dtype=torch.bool), chart)
         delta = start.tangent.new_zeros(start.tangent.shape[0], start.tangent.shape[2])
 

@@ -6,6 +6,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from eloftr_ops.geometry._covariances import (
+    LEAST_VARIANCE,
+    Covariances,
+    Whitening,
+    moved_covariances,
+    projective_slope,
+)
 from eloftr_ops.geometry._linalg import FAR, adjugate, homogeneous
 
 # A homogeneous coordinate this much smaller than the terms it is the sum of counts as infinity.
@@ -15,14 +22,19 @@ EPIPOLE = 1e-14
 
 
 class Residual(Protocol):
-    """Residuals `(B, N, k)` of matches under matrices `(B, 3, 3)`, and their derivative in the matrix."""
+    """Residuals `(B, N, k)` of matches under matrices `(B, 3, n)`, and their derivative in the matrix.
 
-    def value(self, matrix: Tensor, points0: Tensor, points1: Tensor) -> Tensor:
+    With covariances of the points, residuals are whitened by the covariance that they have to first order.
+    """
+
+    def value(self, matrix: Tensor, points0: Tensor, points1: Tensor, covariances: Covariances | None = None) -> Tensor:
         """Residuals `(B, N, k)`."""
         ...
 
-    def jacobian(self, matrix: Tensor, points0: Tensor, points1: Tensor) -> Tensor:
-        """Derivative `(B, N, k, 9)` with respect to the row-major matrix."""
+    def jacobian(
+        self, matrix: Tensor, points0: Tensor, points1: Tensor, covariances: Covariances | None = None
+    ) -> Tensor:
+        """Derivative `(B, N, k, 3 n)` with respect to the row-major matrix."""
         ...
 
 
@@ -47,40 +59,94 @@ class TransferResidual:
     """`pi(H x0) - x1`: the transfer error in image 1, two components."""
 
     @staticmethod
-    def value(matrix: Tensor, points0: Tensor, points1: Tensor) -> Tensor:
+    def value(matrix: Tensor, points0: Tensor, points1: Tensor, covariances: Covariances | None = None) -> Tensor:
         """Residuals `(B, N, 2)`."""
         x = homogeneous(points0)
         depth = guarded_depth(matrix[:, None, 2], x)
-        return (x @ matrix[:, :2].mT) / depth[..., None] - points1
+        mapped = (x @ matrix[:, :2].mT) / depth[..., None]
+        residual = mapped - points1
+        if covariances is None:
+            return residual
+        covariance = _transfer_covariance(covariances, projective_slope(matrix, mapped, depth))
+        return Whitening.of(covariance)(residual[..., None])[..., 0]
 
     @staticmethod
-    def jacobian(matrix: Tensor, points0: Tensor, points1: Tensor) -> Tensor:
+    def jacobian(matrix: Tensor, points0: Tensor, points1: Tensor, covariances: Covariances | None = None) -> Tensor:
         """Derivative `(B, N, 2, 9)`."""
         x = homogeneous(points0)
-        row = x / guarded_depth(matrix[:, None, 2], x)[..., None]
+        depth = guarded_depth(matrix[:, None, 2], x)
+        row = x / depth[..., None]
         mapped = row @ matrix[:, :2].mT
         zero = torch.zeros_like(row)
         along_x = torch.cat([row, zero, -mapped[..., :1] * row], dim=-1)
         along_y = torch.cat([zero, row, -mapped[..., 1:] * row], dim=-1)
-        return torch.stack([along_x, along_y], dim=2)
+        change = torch.stack([along_x, along_y], dim=2)
+        if covariances is None:
+            return change
+        slope = projective_slope(matrix, mapped, depth)
+        whitening = Whitening.of(_transfer_covariance(covariances, slope))
+        whitened = whitening(change)
+        if covariances.points0 is None:
+            return whitened
+        bend = _change_of_slope(matrix, mapped, row, depth, slope, change)
+        # Of `W S W^T = 1` the lower triangle: `dW W^-1 = -(W dS W^T)`, its diagonal halved.
+        outer = covariances.points0 @ slope.mT
+        half = torch.einsum("bnijk,bnjl->bnilk", bend, outer)
+        turned = _both_sides(whitening, half + half.transpose(2, 3))
+        first, second = whitening((mapped - points1)[..., None])[..., 0].unbind(-1)
+        lost = torch.stack(
+            [
+                0.5 * turned[..., 0, 0, :] * first[..., None],
+                turned[..., 1, 0, :] * first[..., None] + 0.5 * turned[..., 1, 1, :] * second[..., None],
+            ],
+            dim=2,
+        )
+        return whitened - lost
+
+
+def _transfer_covariance(covariances: Covariances, slope: Tensor) -> Tensor:
+    """Covariance `(B, N, 2, 2)` of the transfer error, to first order."""
+    floor = LEAST_VARIANCE * torch.eye(2, dtype=slope.dtype, device=slope.device)
+    total = floor.expand_as(slope)
+    if covariances.points0 is not None:
+        total = total + moved_covariances(covariances.points0, slope)
+    return total if covariances.points1 is None else total + covariances.points1
+
+
+def _change_of_slope(
+    matrix: Tensor, mapped: Tensor, row: Tensor, depth: Tensor, slope: Tensor, change: Tensor
+) -> Tensor:
+    """Derivative `(B, N, 2, 2, 9)` of `projective_slope` in the matrix; `change` is that of the mapped points."""
+    units = torch.eye(9, dtype=matrix.dtype, device=matrix.device).view(3, 3, 9)
+    direct = units[:2, :2] - mapped[..., :, None, None] * units[2, :2]
+    through_points = change[:, :, :, None] * matrix[:, None, None, 2, :2, None]
+    last = torch.cat([torch.zeros_like(row), torch.zeros_like(row), row], dim=-1)
+    return (direct - through_points) / depth[..., None, None, None] - slope[..., None] * last[:, :, None, None]
+
+
+def _both_sides(whitening: Whitening, matrices: Tensor) -> Tensor:
+    """`W M W^T` of matrices `(B, N, 2, 2, k)`."""
+    shape = matrices.shape
+    left = whitening(matrices.flatten(3)).view(shape).transpose(2, 3)
+    return whitening(left.flatten(3)).view(shape).transpose(2, 3)
 
 
 class SampsonResidual:
     """Signed Sampson distance `x1^T F x0 / |grad|`, one component; zero for a match at both epipoles."""
 
     @staticmethod
-    def value(matrix: Tensor, points0: Tensor, points1: Tensor) -> Tensor:
+    def value(matrix: Tensor, points0: Tensor, points1: Tensor, covariances: Covariances | None = None) -> Tensor:
         """Residuals `(B, N, 1)`."""
-        error, squared, regular = _sampson_parts(matrix, homogeneous(points0), homogeneous(points1))[:3]
-        return torch.where(regular, error * squared.rsqrt(), 0.0)[..., None]
+        parts = _SampsonParts.of(matrix, points0, points1, covariances)
+        return torch.where(parts.regular, parts.error * parts.squared.rsqrt(), 0.0)[..., None]
 
     @staticmethod
-    def jacobian(matrix: Tensor, points0: Tensor, points1: Tensor) -> Tensor:
+    def jacobian(matrix: Tensor, points0: Tensor, points1: Tensor, covariances: Covariances | None = None) -> Tensor:
         """Derivative `(B, N, 1, 9)`."""
         x0, x1 = homogeneous(points0), homogeneous(points1)
-        error, squared, regular, line1, line0 = _sampson_parts(matrix, x0, x1)
+        error, squared, regular, normal0, normal1 = _SampsonParts.of(matrix, points0, points1, covariances)
         outer = x1[..., :, None] * x0[..., None, :]
-        change = _flat(line1)[..., :, None] * x0[..., None, :] + x1[..., :, None] * _flat(line0)[..., None, :]
+        change = _flat(normal1)[..., :, None] * x0[..., None, :] + x1[..., :, None] * _flat(normal0)[..., None, :]
         inverse = squared.rsqrt()
         slope = inverse[..., None, None] * outer - (error * inverse.pow(3))[..., None, None] * change
         return torch.where(regular[..., None, None], slope, 0.0).flatten(2)[:, :, None]
@@ -151,14 +217,32 @@ class _Lines(NamedTuple):
         return cls((x1 * line1).sum(-1), line0, line1, floors[0], floors[1])
 
 
-def _sampson_parts(matrix: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Algebraic error, squared gradient norm (safe), where it is regular, and both epipolar lines."""
-    lines = _Lines.of(matrix, x0, x1)
-    squared = lines.line1[..., :2].square().sum(-1) + lines.line0[..., :2].square().sum(-1)
-    regular = squared > lines.floor0 + lines.floor1
-    return lines.error, torch.where(regular, squared, 1.0), regular, lines.line1, lines.line0
+class _SampsonParts(NamedTuple):
+    error: Tensor  # (B, N), x1^T F x0
+    squared: Tensor  # (B, N), its variance to first order, made safe: that of unit covariances without others
+    regular: Tensor  # (B, N) bool: no match at both epipoles
+    normal0: Tensor  # (B, N, 2), half of the derivative of that variance in the normal of the line in image 0
+    normal1: Tensor  # (B, N, 2)
+
+    @classmethod
+    def of(cls, matrix: Tensor, points0: Tensor, points1: Tensor, covariances: Covariances | None) -> "_SampsonParts":
+        lines = _Lines.of(matrix, homogeneous(points0), homogeneous(points1))
+        plain0, plain1 = lines.line0[..., :2], lines.line1[..., :2]
+        normal0, normal1 = plain0, plain1
+        if covariances is not None:
+            normal0 = _times_covariance(covariances.points0, plain0)
+            normal1 = _times_covariance(covariances.points1, plain1)
+        squared = (plain0 * normal0).sum(-1) + (plain1 * normal1).sum(-1)
+        gradient = plain0.square().sum(-1) + plain1.square().sum(-1)
+        regular = gradient > lines.floor0 + lines.floor1
+        return cls(lines.error, torch.where(regular, squared, 1.0), regular, normal0, normal1)
 
 
-def _flat(line: Tensor) -> Tensor:
-    """Drop the offset of lines `(..., 3)`: only the normal enters the distance."""
-    return torch.cat([line[..., :2], torch.zeros_like(line[..., 2:])], dim=-1)
+def _times_covariance(covariance: Tensor | None, normals: Tensor) -> Tensor:
+    least = LEAST_VARIANCE * normals
+    return least if covariance is None else least + (covariance @ normals[..., None])[..., 0]
+
+
+def _flat(normal: Tensor) -> Tensor:
+    """Lines `(..., 3)` without offset: only the normal `(..., 2)` enters the distance."""
+    return torch.cat([normal, torch.zeros_like(normal[..., :1])], dim=-1)

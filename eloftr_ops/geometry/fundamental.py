@@ -15,6 +15,7 @@ from eloftr_ops.geometry._checks import (
     check_matrices,
     check_scale,
 )
+from eloftr_ops.geometry._covariances import Covariances, check_covariances, relative_covariances
 from eloftr_ops.geometry._eight_point import (
     eight_point,
     nearest_essential,
@@ -60,6 +61,8 @@ def fundamental_from_matches(
     *,
     batch_size: int,
     weights: Tensor | None = None,
+    covariance0: Tensor | None = None,
+    covariance1: Tensor | None = None,
     robust: str | None = None,
     robust_scale: float = 1.0,
     refine_steps: int | None = None,
@@ -78,6 +81,10 @@ def fundamental_from_matches(
         - Scale and sign: unit Frobenius norm, the entry of largest magnitude positive. The sign has no
           geometric meaning and jumps where two such entries tie; the losses do not depend on it.
         - Weights: only their ratios within a pair matter.
+        - Covariances: the Sampson error is divided by its standard deviation `sqrt(l0^T S0 l0 + l1^T S1 l1)`, l the
+          normals of the epipolar lines; the linear solution divides weights by mean variances. Only the ratios of
+          covariances within a pair matter: `robust_scale` stays in pixels, for a match with the geometric mean of the
+          variances. The sampled starts do not use them.
         - dtype: computed in float64; the result has the keypoints' dtype, at least float32.
         - Degenerate input: fewer than eight matches of positive weight, collinear or repeated points, points
           on one plane, a pure rotation, all weights zero, give `valid=False`, the zero matrix and zero
@@ -92,6 +99,8 @@ def fundamental_from_matches(
         batch_indexes: `(M,)` integers in [0, batch_size), in any order.
         batch_size: B, the number of pairs.
         weights: `(M,)`, finite, >= 0; None for ones.
+        covariance0: `(M, 2, 2)` of keypoints0, pixels squared, positive definite; None for exact points.
+        covariance1: `(M, 2, 2)` of keypoints1.
         robust: None, "cauchy" or "geman_mcclure".
         robust_scale: Sampson error in pixels at which a match starts to count as an outlier.
         refine_steps: the most iterations; None for 0, or 20 with a robust kernel, which needs at least one.
@@ -100,32 +109,37 @@ def fundamental_from_matches(
         A `FundamentalEstimate`.
 
     Raises:
-        ValueError: shapes that do not fit, NaN or infinite coordinates, negative or NaN weights, an unknown
-            kernel.
+        ValueError: shapes that do not fit, NaN or infinite coordinates, negative or NaN weights, covariances that are
+            not finite, symmetric and positive definite, an unknown kernel.
         IndexError: a batch index out of range.
         TypeError: integer keypoints or weights, floating point batch indexes.
     """
     check_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
+    check_covariances(covariance0, covariance1, len(keypoints0))
     check_choice("robust", robust, KERNELS)
     check_scale("robust_scale", robust_scale)
     steps = resolve_steps(refine_steps, robust, False)
 
     def solve(matches: PaddedMatches, pairs: Tensor) -> tuple[Tensor, ...]:
         scale = robust_scale / matches.unit1
+        relative, weights = relative_covariances(matches.covariances, matches.weights, summed=False)
+        matches = matches._replace(covariances=relative)
         if steps == 0:
-            solution = eight_point(matches, matches.weights)
+            solution = eight_point(matches, weights)
             matrix, unique = nearest_rank_two(solution.matrix)
             F = to_pixels(matrix, solution.frame0, solution.frame1)
             valid = solution.determined & unique
             converged, conditioning = valid, solution.gap
         else:
-            F, valid, converged, conditioning = _refined_estimate(matches, robust, scale, steps)
+            F, valid, converged, conditioning = _refined_estimate(matches, weights, robust, scale, steps)
         F = torch.where(valid[:, None, None], with_fixed_sign(F), 0.0)
-        squared = SampsonResidual.value(F, matches.points0, matches.points1).clamp(-FAR, FAR).square().sum(-1)
+        residual = SampsonResidual.value(F, matches.points0, matches.points1, relative)
+        squared = residual.clamp(-FAR, FAR).square().sum(-1)
         F = with_fixed_sign(fundamental_in_pixels(F, matches.unit0))
         return F, valid, converged, conditioning, robust_weight(squared, scale, robust)
 
-    matches = Matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
+    covariances = Covariances(covariance0, covariance1)
+    matches = Matches(keypoints0, keypoints1, batch_indexes, batch_size, weights, covariances)
     return FundamentalEstimate(*(returned(x, keypoints0) for x in solve_in_pieces(matches, solve, one_unit=True)))
 
 
@@ -201,8 +215,8 @@ def robust_eight_point(model: str, matches: PaddedMatches, scale: Tensor) -> tup
 
     def squared(matrices: Tensor) -> Tensor:
         tries = matrices.shape[0] // scale.shape[0]
-        repeated = [x.repeat_interleave(tries, 0) for x in (matches.points0, matches.points1)]
-        return SampsonResidual.value(matrices, *repeated).clamp(-FAR, FAR).square().sum(-1)
+        points0, points1 = (x.repeat_interleave(tries, 0) for x in (matches.points0, matches.points1))
+        return SampsonResidual.value(matrices, points0, points1).clamp(-FAR, FAR).square().sum(-1)
 
     with torch.no_grad():
         points = (matches.points0, matches.points1)
@@ -229,10 +243,10 @@ def supported(model: str, E: Tensor, matches: PaddedMatches, scale: Tensor, unit
 
 
 def _refined_estimate(
-    matches: PaddedMatches, robust: str | None, scale: Tensor, steps: int
+    matches: PaddedMatches, linear_weights: Tensor, robust: str | None, scale: Tensor, steps: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        linear = eight_point(matches, matches.weights if robust is None else trusted_weights(matches))
+        linear = eight_point(matches, linear_weights if robust is None else trusted_weights(matches))
         # One scale for both images: with two, the Sampson error would no longer be that of the pixels.
         common = (linear.frame0.scale * linear.frame1.scale).sqrt()
         shift0, shift1 = _frame(linear.frame0, common), _frame(linear.frame1, common)
@@ -251,7 +265,8 @@ def _refined_estimate(
             agreeing = matches.weights * robust_weight(squared, scale, robust)
             determined = eight_point(centred, agreeing).determined
         start, unique = nearest_rank_two(start)
-    cost = RobustCost(SampsonResidual(), centred.points0, centred.points1, matches.weights, scale, robust)
+    data = (centred.points0, centred.points1, matches.weights, scale)
+    cost = RobustCost(SampsonResidual(), *data, robust, matches.covariances)
     minimum = minimise(FundamentalChart.centred(start), cost, steps, linear.least_gap)
     inner = minimum.chart.at(minimum.delta)
     valid = determined & unique & minimum.determined

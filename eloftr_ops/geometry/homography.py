@@ -8,6 +8,7 @@ from torch import Tensor
 
 from eloftr_ops.geometry._charts import HomographyChart
 from eloftr_ops.geometry._checks import check_choice, check_floats, check_matches, check_matrices, check_scale
+from eloftr_ops.geometry._covariances import Covariances, check_covariances, relative_covariances
 from eloftr_ops.geometry._linalg import (
     FAR,
     LEAST_GAP,
@@ -70,6 +71,8 @@ def homography_from_matches(
     *,
     batch_size: int,
     weights: Tensor | None = None,
+    covariance0: Tensor | None = None,
+    covariance1: Tensor | None = None,
     robust: str | None = None,
     robust_scale: float = 2.0,
     refine_steps: int | None = None,
@@ -94,6 +97,10 @@ def homography_from_matches(
         - Scale and sign: determinant 1, so that H_1to0 is the inverse of H_0to1. Divide by `H[..., 2:, 2:]`
           for OpenCV's and kornia's convention (undefined where that entry is zero).
         - Weights: only their ratios within a pair matter.
+        - Covariances: residuals are whitened (Mahalanobis) by `S1 + J S0 J^T`, J the derivative of the homography at
+          the match; the linear solution divides weights by mean variances. Only the ratios of covariances within a
+          pair matter: `robust_scale` stays in pixels, for a match with the geometric mean of the variances. The
+          sampled starts do not use them.
         - dtype: computed in float64; the result has the keypoints' dtype, at least float32.
         - Degenerate input: fewer than four matches of positive weight, collinear or repeated points, all
           weights zero, or a solution that collapses the plane, give `valid=False`, the identity and zero
@@ -106,6 +113,8 @@ def homography_from_matches(
         batch_indexes: `(M,)` integers in [0, batch_size), in any order.
         batch_size: B, the number of pairs.
         weights: `(M,)`, finite, >= 0; None for ones. The matcher's confidence, for instance.
+        covariance0: `(M, 2, 2)` of keypoints0, pixels squared, positive definite; None for exact points.
+        covariance1: `(M, 2, 2)` of keypoints1.
         robust: None, "cauchy" or "geman_mcclure".
         robust_scale: transfer error in pixels at which a match starts to count as an outlier.
         refine_steps: the most iterations; None for 0, or 20 with a robust kernel, which needs at least one.
@@ -117,12 +126,13 @@ def homography_from_matches(
         one.
 
     Raises:
-        ValueError: shapes that do not fit, NaN or infinite coordinates, negative or NaN weights, an unknown
-            kernel.
+        ValueError: shapes that do not fit, NaN or infinite coordinates, negative or NaN weights, covariances that are
+            not finite, symmetric and positive definite, an unknown kernel.
         IndexError: a batch index out of range.
         TypeError: integer keypoints or weights, floating point batch indexes.
     """
     check_matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
+    check_covariances(covariance0, covariance1, len(keypoints0))
     check_choice("robust", robust, KERNELS)
     check_scale("robust_scale", robust_scale)
     steps = resolve_steps(refine_steps, robust, initial_0to1 is not None)
@@ -131,8 +141,10 @@ def homography_from_matches(
 
     def solve(matches: PaddedMatches, pairs: Tensor) -> tuple[Tensor, ...]:
         scale = robust_scale / matches.unit1
+        relative, weights = relative_covariances(matches.covariances, matches.weights, summed=True)
+        matches = matches._replace(covariances=relative)
         if steps == 0:
-            H, valid, conditioning = _linear_estimate(matches)
+            H, valid, conditioning = _linear_estimate(matches, weights)
             converged = valid
         else:
             initial = None
@@ -140,13 +152,15 @@ def homography_from_matches(
                 initial = homography_in_units(
                     to_work(initial_0to1.detach())[pairs], 1.0 / matches.unit0, 1.0 / matches.unit1
                 )
-            H, valid, converged, conditioning = _refined_estimate(matches, robust, scale, steps, initial)
-        squared = TransferResidual.value(H, matches.points0, matches.points1).clamp(-FAR, FAR).square().sum(-1)
+            H, valid, converged, conditioning = _refined_estimate(matches, weights, (robust, scale), steps, initial)
+        residual = TransferResidual.value(H, matches.points0, matches.points1, relative)
+        squared = residual.clamp(-FAR, FAR).square().sum(-1)
         ratio = (matches.unit0 / matches.unit1).pow(2.0 / 3.0)[:, None, None]
         H = or_identity(homography_in_units(H, matches.unit0, matches.unit1) * ratio, valid)
         return H, valid, converged, conditioning, robust_weight(squared, scale, robust)
 
-    matches = Matches(keypoints0, keypoints1, batch_indexes, batch_size, weights)
+    covariances = Covariances(covariance0, covariance1)
+    matches = Matches(keypoints0, keypoints1, batch_indexes, batch_size, weights, covariances)
     return HomographyEstimate(*(returned(x, keypoints0) for x in solve_in_pieces(matches, solve)))
 
 
@@ -222,17 +236,22 @@ def _solve_linear(matches: PaddedMatches, weights: Tensor) -> _Linear:
     return _Linear(matrix, frame0, frame1, determined, gap, least_gap)
 
 
-def _linear_estimate(matches: PaddedMatches) -> tuple[Tensor, Tensor, Tensor]:
-    solution = _solve_linear(matches, matches.weights)
+def _linear_estimate(matches: PaddedMatches, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    solution = _solve_linear(matches, weights)
     H = with_unit_determinant(solution.matrix, solution.frame0, solution.frame1)
     return or_identity(H, solution.determined), solution.determined, solution.gap
 
 
 def _refined_estimate(
-    matches: PaddedMatches, robust: str | None, robust_scale: Tensor, steps: int, initial: Tensor | None
+    matches: PaddedMatches,
+    linear_weights: Tensor,
+    kernel: tuple[str | None, Tensor],
+    steps: int,
+    initial: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    robust, robust_scale = kernel
     with torch.no_grad():
-        trusted = matches.weights
+        trusted = linear_weights
         if robust is not None:
             trusted = trusted_weights(matches)
         linear = _solve_linear(matches, trusted)
@@ -250,6 +269,7 @@ def _refined_estimate(
         matches.weights,
         scale,
         robust,
+        _in_frames(matches.covariances, frame0, frame1),
     )
     minimum = minimise(HomographyChart.centred(start), cost, steps, linear.least_gap)
     matrix = minimum.chart.at(minimum.delta)
@@ -288,6 +308,14 @@ def _robust_start(matches: PaddedMatches, trusted: Tensor, linear: _Linear, scal
     trusted = votes(points0, points1, trusted, 2.0 * scale)
     starts = sampled_starts("homography", (points0, points1), trusted, scale)
     return cheapest(*graduated_start(starts, solve, squared, trusted, scale))
+
+
+def _in_frames(covariances: Covariances | None, frame0: Normalised, frame1: Normalised) -> Covariances | None:
+    """Relative covariances between normalised frames, relative to the same variance in image 1."""
+    if covariances is None or covariances.points0 is None:
+        return covariances
+    ratio = (frame0.scale / frame1.scale).square()[:, None, None, None]
+    return covariances._replace(points0=covariances.points0 * ratio)
 
 
 def _similarity(transform: Tensor, points: Tensor) -> Tensor:

@@ -15,6 +15,13 @@ from eloftr_ops.geometry._checks import (
     check_matrices,
     check_scale,
 )
+from eloftr_ops.geometry._covariances import (
+    Covariances,
+    check_covariances,
+    moved_covariances,
+    projective_slope,
+    relative_covariances,
+)
 from eloftr_ops.geometry._eight_point import (
     LEAST_MATCHES,
     eight_point,
@@ -87,6 +94,8 @@ def relative_pose_from_matches(
     batch_indexes: Tensor,
     *,
     weights: Tensor | None = None,
+    covariance0: Tensor | None = None,
+    covariance1: Tensor | None = None,
     robust: str | None = None,
     robust_scale: float = 1.0,
     refine_steps: int = 20,
@@ -105,6 +114,7 @@ def relative_pose_from_matches(
           `to_integer_centers`. Axis order (x, y).
         - Units: keypoints, intrinsics and `robust_scale` in pixels; the translation has norm 1.
         - Weights: only their ratios within a pair matter.
+        - Covariances: as `fundamental_from_matches`; the intrinsics carry them into camera coordinates.
         - dtype: computed in float64; the result has the keypoints' dtype, at least float32.
         - Degenerate input: too few matches of positive weight (eight, or five with `initial_0to1`), repeated
           or collinear points, a pure rotation, all weights zero, give `valid=False`, the identity and zero
@@ -122,6 +132,8 @@ def relative_pose_from_matches(
         K1: `(B, 3, 3)` intrinsics of camera 1.
         batch_indexes: `(M,)` integers in [0, B), in any order.
         weights: `(M,)`, finite, >= 0; None for ones.
+        covariance0: `(M, 2, 2)` of keypoints0, pixels squared, positive definite; None for exact points.
+        covariance1: `(M, 2, 2)` of keypoints1.
         robust: None, "cauchy" or "geman_mcclure".
         robust_scale: Sampson error in pixels (at the mean focal length) at which a match starts to count as
             an outlier.
@@ -133,12 +145,14 @@ def relative_pose_from_matches(
         A `PoseEstimate`.
 
     Raises:
-        ValueError: shapes that do not fit, NaN or infinite coordinates, negative or NaN weights, an unknown
-            kernel, intrinsics that are not invertible (naming the batch element).
+        ValueError: shapes that do not fit, NaN or infinite coordinates, negative or NaN weights, covariances that are
+            not finite, symmetric and positive definite, an unknown kernel, intrinsics that are not invertible (naming
+            the batch element).
         IndexError: a batch index out of range.
         TypeError: integer keypoints or weights, floating point batch indexes.
     """
-    matches = Matches(keypoints0, keypoints1, batch_indexes, batch_size_of("K0", K0), weights)
+    covariances = Covariances(covariance0, covariance1)
+    matches = Matches(keypoints0, keypoints1, batch_indexes, batch_size_of("K0", K0), weights, covariances)
     motion = _estimate_motion(matches, (K0, K1), (robust, robust_scale), refine_steps, initial_0to1)
     upper = torch.cat([motion.R, motion.t[:, :, None]], dim=2)
     lower = upper.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(upper.shape[0], 1, 4)
@@ -156,6 +170,8 @@ def essential_from_matches(
     batch_indexes: Tensor,
     *,
     weights: Tensor | None = None,
+    covariance0: Tensor | None = None,
+    covariance1: Tensor | None = None,
     robust: str | None = None,
     robust_scale: float = 1.0,
     refine_steps: int = 20,
@@ -178,6 +194,8 @@ def essential_from_matches(
         K1: `(B, 3, 3)` intrinsics of camera 1.
         batch_indexes: `(M,)` integers in [0, B), in any order.
         weights: `(M,)`, finite, >= 0; None for ones.
+        covariance0: `(M, 2, 2)` of keypoints0, pixels squared, positive definite; None for exact points.
+        covariance1: `(M, 2, 2)` of keypoints1.
         robust: None, "cauchy" or "geman_mcclure".
         robust_scale: Sampson error in pixels at which a match starts to count as an outlier.
         refine_steps: the most iterations; 0 for the linear solution.
@@ -190,7 +208,8 @@ def essential_from_matches(
         IndexError: a batch index out of range.
         TypeError: integer keypoints or weights, floating point batch indexes.
     """
-    matches = Matches(keypoints0, keypoints1, batch_indexes, batch_size_of("K0", K0), weights)
+    covariances = Covariances(covariance0, covariance1)
+    matches = Matches(keypoints0, keypoints1, batch_indexes, batch_size_of("K0", K0), weights, covariances)
     motion = _estimate_motion(matches, (K0, K1), (robust, robust_scale), refine_steps, None)
     E = torch.where(motion.valid[:, None, None], with_fixed_sign(skew(motion.t) @ motion.R), 0.0)
     return EssentialEstimate(*(returned(x, keypoints0) for x in (E, *motion[2:])))
@@ -204,7 +223,8 @@ def _estimate_motion(
     initial: Tensor | None,
 ) -> _Motion:
     (K0, K1), (robust, robust_scale) = intrinsics, kernel
-    check_matches(*matches)
+    check_matches(*matches[:5])
+    check_covariances(*(matches.covariances or Covariances(None, None)), count=len(matches.keypoints0))
     check_intrinsics("K0", K0, matches.batch_size)
     check_intrinsics("K1", K1, matches.batch_size)
     check_choice("robust", robust, KERNELS)
@@ -218,13 +238,15 @@ def _estimate_motion(
     def solve(pixels: PaddedMatches, pairs: Tensor) -> tuple[Tensor, ...]:
         camera, usable = in_camera_coordinates(pixels, cameras0[pairs], cameras1[pairs])
         scale = camera_scale(robust_scale, cameras0[pairs], cameras1[pairs])
+        relative, weights = relative_covariances(camera.covariances, camera.weights, summed=False)
+        camera = camera._replace(covariances=relative)
         if steps == 0:
-            R, t, valid, conditioning = _linear_motion(camera)
+            R, t, valid, conditioning = _linear_motion(camera._replace(weights=weights))
             converged = valid
         else:
             start = None if initial is None else initial[pairs]
-            R, t, valid, converged, conditioning = _refined_motion(camera, robust, scale, steps, start)
-        squared = SampsonResidual.value(skew(t) @ R, camera.points0, camera.points1).square().sum(-1)
+            R, t, valid, converged, conditioning = _refined_motion(camera, weights, (robust, scale), steps, start)
+        squared = SampsonResidual.value(skew(t) @ R, camera.points0, camera.points1, relative).square().sum(-1)
         inlier_weights = robust_weight(squared, scale, robust)
         return R, t, valid & usable, converged & usable, conditioning, inlier_weights
 
@@ -236,14 +258,23 @@ def in_camera_coordinates(pixels: PaddedMatches, K0: Tensor, K1: Tensor) -> tupl
 
     Coordinates beyond 1e30 focal lengths, an angle of 90 degrees for every purpose, are replaced by zero.
     """
-    points, usable = [], torch.ones_like(pixels.unit0, dtype=torch.bool)
-    for x, unit, K in ((pixels.points0, pixels.unit0, K0), (pixels.points1, pixels.unit1, K1)):
+    points, covariances, usable = [], [], torch.ones_like(pixels.unit0, dtype=torch.bool)
+    given = pixels.covariances or Covariances(None, None)
+    sides = ((pixels.points0, pixels.unit0, K0, given[0]), (pixels.points1, pixels.unit1, K1, given[1]))
+    for x, unit, K, covariance in sides:
         rows = torch.stack([1.0 / unit, 1.0 / unit, torch.ones_like(unit)], dim=1)
-        camera = to_camera(x, rows[:, :, None] * K)
-        sane = camera.detach().abs().amax((1, 2)) < FARTHEST
-        points.append(torch.where(sane[:, None, None], camera, 0.0))
-        usable = usable & sane
-    return pixels._replace(points0=points[0], points1=points[1]), usable
+        inverse = torch.linalg.inv(rows[:, :, None] * K)
+        mapped = homogeneous(x) @ inverse.mT
+        camera, depth = mapped[..., :2] / mapped[..., 2:], mapped[..., 2]
+        sane = (camera.detach().abs().amax((1, 2)) < FARTHEST)[:, None, None]
+        points.append(torch.where(sane, camera, 0.0))
+        usable = usable & sane[:, 0, 0]
+        if covariance is not None:
+            moved = moved_covariances(covariance, projective_slope(inverse, camera, depth))
+            eye = torch.eye(2, dtype=moved.dtype, device=moved.device)
+            covariance = torch.where(sane[..., None], moved, eye)
+        covariances.append(covariance)
+    return pixels._replace(points0=points[0], points1=points[1], covariances=Covariances(*covariances)), usable
 
 
 def camera_scale(pixels: float, K0: Tensor, K1: Tensor) -> Tensor:
@@ -262,13 +293,6 @@ def check_initial_pose(initial: Tensor, batch_size: int) -> None:
             f"initial_0to1: expected a translation, got zero in batch element {row}; "
             "any direction can serve as the start"
         )
-
-
-def to_camera(points: Tensor, K: Tensor) -> Tensor:
-    """Keypoints `(B, N, 2)` in pixels to camera coordinates at depth 1."""
-    x = homogeneous(points) @ torch.linalg.inv(K).mT
-    camera: Tensor = x[..., :2] / x[..., 2:]
-    return camera
 
 
 def _linear_motion(matches: PaddedMatches) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -338,10 +362,15 @@ def _consensus(matches: PaddedMatches, scale: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _refined_motion(
-    matches: PaddedMatches, robust: str | None, scale: Tensor, steps: int, initial: Tensor | None
+    matches: PaddedMatches,
+    linear_weights: Tensor,
+    kernel: tuple[str | None, Tensor],
+    steps: int,
+    initial: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    robust, scale = kernel
     with torch.no_grad():
-        linear = eight_point(matches, matches.weights)
+        linear = eight_point(matches, linear_weights)
         ready = linear.frame0.spread & linear.frame1.spread
         if initial is not None:
             R, t = initial[:, :3, :3], safe_normalise(unit_magnitude(initial[:, :3, 3], (1,)))
@@ -360,7 +389,8 @@ def _refined_motion(
                 in_front = _weight_in_front(R, t, matches._replace(weights=agreeing)) > 0
             ready = ready & unique & in_front & determined
             least = LEAST_MATCHES
-    objective = RobustCost(SampsonResidual(), matches.points0, matches.points1, matches.weights, scale, robust)
+    data = (matches.points0, matches.points1, matches.weights, scale)
+    objective = RobustCost(SampsonResidual(), *data, robust, matches.covariances)
     minimum = minimise(PoseChart.centred(R, t), objective, steps, linear.least_gap)
     R, t = minimum.chart.motion(minimum.delta)
     enough = (matches.weights > 0).sum(1) >= least
