@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from eloftr_ops.geometry._checks import batch_size_of, check_matches, check_matrices
+from eloftr_ops.geometry._covariances import Covariances, check_covariances
 from eloftr_ops.geometry._linalg import adjugate, extreme_unit, homography_in_units, unit_magnitude
 from eloftr_ops.geometry._precision import returned, to_work
-from eloftr_ops.geometry._residuals import SampsonResidual, line_distances
-from eloftr_ops.geometry.homography import apply_homography
+from eloftr_ops.geometry._residuals import SampsonResidual, TransferResidual, line_distances
 
 __all__ = [
     "epipolar_residuals",
@@ -18,34 +18,55 @@ __all__ = [
 ]
 
 
-def transfer_residuals(keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Tensor, H_0to1: Tensor) -> Tensor:
+def transfer_residuals(
+    keypoints0: Tensor,
+    keypoints1: Tensor,
+    batch_indexes: Tensor,
+    H_0to1: Tensor,
+    *,
+    covariance0: Tensor | None = None,
+    covariance1: Tensor | None = None,
+) -> Tensor:
     """Residual in image 1 of each match: where the homography maps keypoint 0, minus keypoint 1.
 
     Convention:
         - `keypoints1 ~ H_0to1 @ (keypoints0, 1)`; both in the frames of the homography, axis order (x, y). The norm
           over the last dimension is the transfer error (Hartley and Zisserman, section 4.2.2).
         - A point that the homography maps to infinity has a large finite residual.
-        - Gradient: to keypoints and homographies; exact and finite, also at residual zero.
+        - With covariances the residual is whitened by `S1 + J S0 J^T`, J the derivative of the homography at the match:
+          it counts standard deviations, and its squared norm is the squared Mahalanobis distance.
+        - Gradient: to keypoints, homographies and covariances; exact and finite, also at residual zero.
 
     Args:
         keypoints0: `(M, 2)` in image 0.
         keypoints1: `(M, 2)` in image 1.
         batch_indexes: `(M,)` integers in [0, B).
         H_0to1: `(B, 3, 3)`, any scale; B is the number of pairs.
+        covariance0: `(M, 2, 2)` of keypoints0, positive definite; None for exact points.
+        covariance1: `(M, 2, 2)` of keypoints1.
 
     Returns:
-        `(M, 2)` in pixels of image 1; the keypoints' dtype, at least float32.
+        `(M, 2)` in pixels of image 1, or standard deviations; the keypoints' dtype, at least float32.
 
     Raises:
-        ValueError: shapes that do not fit, non-finite values.
+        ValueError: shapes that do not fit, non-finite values, covariances that are not positive definite.
         IndexError: a batch index out of range.
         TypeError: integer keypoints.
     """
-    return symmetric_transfer_residuals(keypoints0, keypoints1, batch_indexes, H_0to1)[:, :2]
+    both = symmetric_transfer_residuals(
+        keypoints0, keypoints1, batch_indexes, H_0to1, covariance0=covariance0, covariance1=covariance1
+    )
+    return both[:, :2]
 
 
 def symmetric_transfer_residuals(
-    keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Tensor, H_0to1: Tensor
+    keypoints0: Tensor,
+    keypoints1: Tensor,
+    batch_indexes: Tensor,
+    H_0to1: Tensor,
+    *,
+    covariance0: Tensor | None = None,
+    covariance1: Tensor | None = None,
 ) -> Tensor:
     """Residuals in both images: `transfer_residuals`, and the same of the inverse homography in image 0.
 
@@ -57,9 +78,11 @@ def symmetric_transfer_residuals(
         keypoints1: `(M, 2)` in image 1.
         batch_indexes: `(M,)` integers in [0, B).
         H_0to1: `(B, 3, 3)`, any scale.
+        covariance0: `(M, 2, 2)`; None for exact points.
+        covariance1: `(M, 2, 2)`.
 
     Returns:
-        `(M, 4)`: x and y in image 1, then x and y in image 0, pixels.
+        `(M, 4)`: x and y in image 1, then x and y in image 0, pixels or standard deviations.
 
     Raises:
         ValueError: as `transfer_residuals`.
@@ -69,17 +92,42 @@ def symmetric_transfer_residuals(
     batch_size = batch_size_of("H_0to1", H_0to1)
     check_matches(keypoints0, keypoints1, batch_indexes, batch_size, None)
     check_matrices("H_0to1", H_0to1, batch_size)
+    check_covariances(covariance0, covariance1, len(keypoints0))
     x0, x1 = to_work(keypoints0), to_work(keypoints1)
     unit0, unit1 = extreme_unit(x0, (1,)), extreme_unit(x1, (1,))
-    x0, x1 = x0 / unit0, x1 / unit1
+    x0, x1 = (x0 / unit0)[:, None], (x1 / unit1)[:, None]
     H = to_work(H_0to1)[batch_indexes.to(x0.device).long()]
     H = unit_magnitude(homography_in_units(H, 1.0 / unit0[:, 0], 1.0 / unit1[:, 0]), (1, 2))
-    forward = unit1 * (apply_homography(H, x0[:, None])[:, 0] - x1)
-    backward = unit0 * (apply_homography(adjugate(H), x1[:, None])[:, 0] - x0)
+    covariances = _of_points(covariance0, covariance1, unit0, unit1)
+    back = None if covariances is None else Covariances(covariances.points1, covariances.points0)
+    forward = TransferResidual.value(H, x0, x1, covariances)[:, 0]
+    backward = TransferResidual.value(adjugate(H), x1, x0, back)[:, 0]
+    if covariances is None:
+        forward, backward = unit1 * forward, unit0 * backward
     return returned(torch.cat([forward, backward], dim=1), keypoints0)
 
 
-def sampson_residuals(keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Tensor, F_0to1: Tensor) -> Tensor:
+def _of_points(
+    covariance0: Tensor | None, covariance1: Tensor | None, unit0: Tensor, unit1: Tensor
+) -> Covariances | None:
+    """Covariances `(M, 1, 2, 2)` in squares of units `(M, 1)`; None where both points are exact."""
+    if covariance0 is None and covariance1 is None:
+        return None
+    sides = ((covariance0, unit0), (covariance1, unit1))
+    return Covariances(
+        *(None if x is None else (to_work(x) / unit[..., None] / unit[..., None])[:, None] for x, unit in sides)
+    )
+
+
+def sampson_residuals(
+    keypoints0: Tensor,
+    keypoints1: Tensor,
+    batch_indexes: Tensor,
+    F_0to1: Tensor,
+    *,
+    covariance0: Tensor | None = None,
+    covariance1: Tensor | None = None,
+) -> Tensor:
     """Signed Sampson distance of each match: to first order, how far both points must move together.
 
     Hartley and Zisserman, equation 11.9.
@@ -88,24 +136,31 @@ def sampson_residuals(keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Ten
         - `(keypoints1, 1)^T F_0to1 (keypoints0, 1) = 0`; both in the frames of the matrix, axis order (x, y). With an
           essential matrix, pass camera coordinates.
         - A match at both epipoles, and a zero matrix, have residual zero. The sign changes with that of F.
-        - Gradient: to keypoints and matrices; exact and finite, also at residual zero.
+        - With covariances the residual counts standard deviations: `x1^T F x0 / sqrt(l0^T S0 l0 + l1^T S1 l1)`, l the
+          normals of the epipolar lines. Without, that is the distance for `S0 = S1 = 1`.
+        - Gradient: to keypoints, matrices and covariances; exact and finite, also at residual zero.
 
     Args:
         keypoints0: `(M, 2)` in image 0.
         keypoints1: `(M, 2)` in image 1.
         batch_indexes: `(M,)` integers in [0, B).
         F_0to1: `(B, 3, 3)`, any scale and sign.
+        covariance0: `(M, 2, 2)` of keypoints0, positive definite; None for exact points.
+        covariance1: `(M, 2, 2)` of keypoints1.
 
     Returns:
-        `(M,)` in the unit of the keypoints; their dtype, at least float32.
+        `(M,)` in the unit of the keypoints, or standard deviations; their dtype, at least float32.
 
     Raises:
-        ValueError: shapes that do not fit, non-finite values.
+        ValueError: shapes that do not fit, non-finite values, covariances that are not positive definite.
         IndexError: a batch index out of range.
         TypeError: integer keypoints.
     """
     F, x0, x1, unit = _of_each_match(keypoints0, keypoints1, batch_indexes, F_0to1)
-    return returned(unit * SampsonResidual.value(F, x0, x1)[:, 0, 0], keypoints0)
+    check_covariances(covariance0, covariance1, len(keypoints0))
+    covariances = _of_points(covariance0, covariance1, unit[:, None], unit[:, None])
+    residual = SampsonResidual.value(F, x0, x1, covariances)[:, 0, 0]
+    return returned(unit * residual if covariances is None else residual, keypoints0)
 
 
 def epipolar_residuals(keypoints0: Tensor, keypoints1: Tensor, batch_indexes: Tensor, F_0to1: Tensor) -> Tensor:

@@ -113,6 +113,11 @@ def counted(
     return (to_work(keypoints0), to_work(keypoints1), batch_indexes), to_work(matrices)
 
 
+def constant(covariance: Tensor | None) -> Tensor | None:
+    """A covariance without its gradient: a loss would fall by larger ones."""
+    return None if covariance is None else covariance.detach()
+
+
 def reduce_pairs(values: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
     """Reduce per-pair values over the valid pairs.
 

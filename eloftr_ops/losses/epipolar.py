@@ -8,6 +8,7 @@ from eloftr_ops.geometry.fundamental import fundamental_from_pose
 from eloftr_ops.geometry.residuals import epipolar_residuals, sampson_residuals
 from eloftr_ops.losses._reduction import (
     check_options,
+    constant,
     counted,
     mean_over_matches,
     reduce_pairs,
@@ -25,6 +26,8 @@ def sampson_loss(
     F_0to1: Tensor,
     weights: Tensor | None = None,
     *,
+    covariance0: Tensor | None = None,
+    covariance1: Tensor | None = None,
     valid: Tensor | None = None,
     smoothing: float = 0.01,
     saturation: float | None = None,
@@ -48,6 +51,9 @@ def sampson_loss(
         batch_indexes: `(M,)` integers in [0, B).
         F_0to1: `(B, 3, 3)`, any scale and sign; B is the number of pairs.
         weights: `(M,)`, finite, >= 0, for instance the confidence; None for ones. Carries a gradient.
+        covariance0: `(M, 2, 2)` of keypoints0, pixels squared; None for exact points. Distances then count standard
+            deviations, and so does `saturation`. Carries no gradient: the loss would fall by larger ones.
+        covariance1: `(M, 2, 2)` of keypoints1.
         valid: `(B,)` bool; pairs that are not valid count for nothing.
         smoothing: distance below which the loss turns quadratic.
         saturation: the most a match can cost, approached smoothly; None for no bound.
@@ -64,7 +70,9 @@ def sampson_loss(
     """
     check_options(smoothing, saturation, reduction)
     matches, F = counted(keypoints0, keypoints1, batch_indexes, F_0to1, weights, valid, "F_0to1")
-    residual = sampson_residuals(*matches, F)[:, None]
+    residual = sampson_residuals(*matches, F, covariance0=constant(covariance0), covariance1=constant(covariance1))[
+        :, None
+    ]
     distance = saturated(smooth_length(residual, smoothing), saturation)
     values = mean_over_matches(distance, batch_indexes, weights, F_0to1.shape[0])
     return returned(reduce_pairs(values, valid, reduction), keypoints0)
@@ -128,6 +136,8 @@ def weak_pose_loss(
     K1: Tensor,
     weights: Tensor | None = None,
     *,
+    covariance0: Tensor | None = None,
+    covariance1: Tensor | None = None,
     saturation: float = 8.0,
     reduction: str = "mean",
 ) -> Tensor:
@@ -148,6 +158,9 @@ def weak_pose_loss(
         K0: `(B, 3, 3)` intrinsics of camera 0.
         K1: `(B, 3, 3)` intrinsics of camera 1.
         weights: `(M,)`, the confidence; None for ones. Carries no gradient: the loss would fall by fewer matches too.
+        covariance0: `(M, 2, 2)` of keypoints0, pixels squared; None for exact points. Distances then count standard
+            deviations, and so does `saturation`. Carries no gradient: the loss would fall by larger ones.
+        covariance1: `(M, 2, 2)` of keypoints1.
         saturation: the most a match can cost, pixels.
         reduction: "none" `(B,)`, "mean" over pairs, or "sum".
 
@@ -162,5 +175,13 @@ def weak_pose_loss(
     F_0to1 = fundamental_from_pose(T_gt_0to1, K0, K1)
     weights = None if weights is None else weights.detach()
     return sampson_loss(
-        keypoints0, keypoints1, batch_indexes, F_0to1, weights, saturation=saturation, reduction=reduction
+        keypoints0,
+        keypoints1,
+        batch_indexes,
+        F_0to1,
+        weights,
+        covariance0=covariance0,
+        covariance1=covariance1,
+        saturation=saturation,
+        reduction=reduction,
     )

@@ -11,6 +11,7 @@ from eloftr_ops.geometry.homography import apply_homography
 from eloftr_ops.geometry.residuals import symmetric_transfer_residuals
 from eloftr_ops.losses._reduction import (
     check_options,
+    constant,
     counted,
     mean_over_matches,
     reduce_pairs,
@@ -85,6 +86,8 @@ def symmetric_transfer_loss(
     H_0to1: Tensor,
     weights: Tensor | None = None,
     *,
+    covariance0: Tensor | None = None,
+    covariance1: Tensor | None = None,
     valid: Tensor | None = None,
     smoothing: float = 0.01,
     saturation: float | None = None,
@@ -107,6 +110,9 @@ def symmetric_transfer_loss(
         batch_indexes: `(M,)` integers in [0, B).
         H_0to1: `(B, 3, 3)`, any scale; B is the number of pairs.
         weights: `(M,)`, finite, >= 0, for instance the confidence; None for ones. Carries a gradient.
+        covariance0: `(M, 2, 2)` of keypoints0, pixels squared; None for exact points. Distances then count standard
+            deviations, and so do `smoothing` and `saturation`. Carries no gradient: the loss would fall by larger ones.
+        covariance1: `(M, 2, 2)` of keypoints1.
         valid: `(B,)` bool; pairs that are not valid count for nothing.
         smoothing: distance in pixels below which the loss turns quadratic.
         saturation: the most a match can cost, pixels, approached smoothly; None for no bound.
@@ -124,7 +130,10 @@ def symmetric_transfer_loss(
     check_options(smoothing, saturation, reduction)
     batch_size = batch_size_of("H_0to1", H_0to1)
     matches, H = counted(keypoints0, keypoints1, batch_indexes, H_0to1, weights, valid, "H_0to1")
-    forward, backward = symmetric_transfer_residuals(*matches, H).split(2, dim=1)
+    residuals = symmetric_transfer_residuals(
+        *matches, H, covariance0=constant(covariance0), covariance1=constant(covariance1)
+    )
+    forward, backward = residuals.split(2, dim=1)
     distance = 0.5 * (smooth_length(forward, smoothing) + smooth_length(backward, smoothing))
     values = mean_over_matches(saturated(distance, saturation), batch_indexes, weights, batch_size)
     return returned(reduce_pairs(values, valid, reduction), keypoints0)
@@ -137,6 +146,8 @@ def weak_homography_loss(
     H_gt_0to1: Tensor,
     weights: Tensor | None = None,
     *,
+    covariance0: Tensor | None = None,
+    covariance1: Tensor | None = None,
     saturation: float = 8.0,
     reduction: str = "mean",
 ) -> Tensor:
@@ -155,6 +166,9 @@ def weak_homography_loss(
         batch_indexes: `(M,)` integers in [0, B).
         H_gt_0to1: `(B, 3, 3)`, the known homography, any scale.
         weights: `(M,)`, the confidence; None for ones. Carries no gradient: the loss would fall by fewer matches too.
+        covariance0: `(M, 2, 2)` of keypoints0, pixels squared; None for exact points. Distances then count standard
+            deviations, and so do `smoothing` and `saturation`. Carries no gradient: the loss would fall by larger ones.
+        covariance1: `(M, 2, 2)` of keypoints1.
         saturation: the most a match can cost, pixels; half the reach of a coarse cell's window by default.
         reduction: "none" `(B,)`, "mean" over pairs, or "sum".
 
@@ -172,6 +186,8 @@ def weak_homography_loss(
         batch_indexes,
         H_gt_0to1,
         None if weights is None else weights.detach(),
+        covariance0=covariance0,
+        covariance1=covariance1,
         saturation=saturation,
         reduction=reduction,
     )
