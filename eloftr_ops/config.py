@@ -15,6 +15,7 @@ WeightLayout = Literal["eloftr_ops", "authors", "transformers"]
 _ARCHITECTURE = ("stage_channels", "stage_blocks", "num_layers", "num_heads")  # what shapes the weights
 _WIDEST = 63  # cells of the soft neighbourhood; memory grows with the square
 _LARGEST_SCALE = 1e6
+_STEEPEST = 8  # exponents of the calibration of covariances
 
 
 def check_choice(name: str, value: Any, choices: Any) -> Any:
@@ -56,6 +57,9 @@ class EfficientLoFTRConfig:
             ``docs/differentiability.md``.
         soft_temperature: of the joint window probability whose expectation the soft positions are.
         soft_neighbourhood: odd side, in cells, of the coarse expectation of the soft positions; 1 leaves it out.
+        covariance_calibration: seven numbers that fit the covariances of ``forward(covariance=True)`` to errors, see
+            :func:`eloftr_ops.model.covariance.calibrated_covariances`. The default leaves the windows' moments as they
+            are; ``eloftr-ops calibrate`` fits them to weights.
 
     Raises:
         ValueError: a value outside its domain; the message names the field.
@@ -78,6 +82,7 @@ class EfficientLoFTRConfig:
     gradient_mode: GradientMode = "hard"
     soft_temperature: float = 1.0
     soft_neighbourhood: int = 3
+    covariance_calibration: tuple[float, ...] = (0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0)
 
     def __post_init__(self) -> None:
         for name, length, kind in (
@@ -86,6 +91,7 @@ class EfficientLoFTRConfig:
             ("position_scale", 2, float),
         ):
             object.__setattr__(self, name, _positive_tuple(name, getattr(self, name), length, kind))
+        object.__setattr__(self, "covariance_calibration", _calibration(self.covariance_calibration))
         for name in ("num_layers", "num_heads", "subpixel_channels", "soft_neighbourhood"):
             _check_int(name, getattr(self, name), minimum=1)
         _check_int("border_removal", self.border_removal, minimum=0)
@@ -186,6 +192,17 @@ def _positive_tuple(name: str, value: Any, length: int, kind: type) -> tuple[Any
         for item in value:
             _check_scale(name, item)
     return tuple(kind(item) for item in value)
+
+
+def _calibration(value: Any) -> tuple[float, ...]:
+    """Seven numbers whose exponentials neither overflow nor vanish; the last is a weight."""
+    name = "covariance_calibration"
+    if isinstance(value, str) or not isinstance(value, (tuple, list)) or len(value) != 7:
+        raise ValueError(f"{name}: expected 7 numbers, got {value!r}.")
+    numbers = tuple(_number(name, item) for item in value)
+    if not all(abs(item) <= _STEEPEST for item in numbers) or numbers[-1] < 0:
+        raise ValueError(f"{name}: expected numbers in [-{_STEEPEST}, {_STEEPEST}], the last >= 0, got {value!r}.")
+    return numbers
 
 
 def _check_int(name: str, value: Any, *, minimum: int) -> None:

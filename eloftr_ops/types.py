@@ -117,6 +117,17 @@ class Matches(NamedTuple):
     batch_indexes: Tensor  # (M,) int64, ascending
 
 
+class UncertainMatches(NamedTuple):
+    """The result with the covariance of each keypoint; the first four fields are those of Matches."""
+
+    keypoints0: Tensor  # (M, 2) x, y in image 0, pixels
+    keypoints1: Tensor  # (M, 2) x, y in image 1, pixels
+    confidence: Tensor  # (M,)
+    batch_indexes: Tensor  # (M,) int64, ascending
+    covariance0: Tensor  # (M, 2, 2) of keypoints0, pixels squared
+    covariance1: Tensor  # (M, 2, 2) of keypoints1
+
+
 class StaticMatches(NamedTuple):
     """The result with fixed shapes: K rows per pair, most confident first; rows that are not valid are zero."""
 

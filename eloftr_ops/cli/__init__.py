@@ -13,6 +13,7 @@ import typer
 
 from eloftr_ops._version import __version__
 from eloftr_ops.cli.app import app_command
+from eloftr_ops.cli.calibrate import calibrate
 from eloftr_ops.cli.evaluate import evaluate
 from eloftr_ops.cli.export import export
 from eloftr_ops.cli.export_matches import export_matches
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="EfficientLoFTR: match images, train, evaluate and export matchers.",
 )
-for command in (match, demo, train, evaluate, export):
+for command in (match, demo, train, calibrate, evaluate, export):
     app.command()(command)
 app.command("export-matches")(export_matches)
 app.command("match-pairs")(match_pairs_command)

@@ -80,11 +80,13 @@ def relative_covariances(
         return None, weights
     traces = torch.stack([x.diagonal(dim1=-2, dim2=-1).sum(-1) for x in covariances.given]).sum(0)
     axes = 2.0 if summed else 2.0 * len(covariances.given)
-    log, present = (traces / axes).log(), (weights > 0).to(traces.dtype)
+    variance = traces / axes
+    log, present = variance.log(), (weights > 0).to(traces.dtype)
     typical = (log * present).sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp_min(1.0)
     relative = (log - typical).clamp(-WIDEST_LOG, WIDEST_LOG).exp()
-    factor = (relative / (traces / axes))[..., None, None]
-    return covariances.map(lambda x: x * factor), weights / relative
+    # Divided first: the other way around, gradients of very small variances overflow.
+    scaled = covariances.map(lambda x: x / variance[..., None, None] * relative[..., None, None])
+    return scaled, weights / relative
 
 
 def moved_covariances(covariance: Tensor, slope: Tensor) -> Tensor:

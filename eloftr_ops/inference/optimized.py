@@ -113,16 +113,18 @@ class InferenceMatcher(EfficientLoFTR):
         self.backbone.stages[FLOAT_STAGES - 1].append(_To(dtype))  # type: ignore[operator]
 
     @torch.no_grad()
-    def forward(self, data: Mapping[str, Any], *, mode: GradientMode | None = None) -> dict[str, Tensor]:
-        """As :meth:`EfficientLoFTR.forward`, without gradients.
+    def forward(
+        self, data: Mapping[str, Any], *, mode: GradientMode | None = None, covariance: bool = False
+    ) -> dict[str, Tensor]:
+        """As :meth:`EfficientLoFTR.forward`, without gradients; with covariances, without replay of CUDA graphs.
 
         Raises:
             ValueError: also for an input that requires a gradient.
         """
         for name, value in data.items() if isinstance(data, Mapping) else ():
             _refuse_gradient(name, value)
-        replayed = self.cuda_graphs.match(self, data, mode)
-        return super().forward(data, mode=mode) if replayed is None else replayed
+        replayed = None if covariance else self.cuda_graphs.match(self, data, mode)
+        return super().forward(data, mode=mode, covariance=covariance) if replayed is None else replayed
 
     @torch.no_grad()
     def extract_features(self, image: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:

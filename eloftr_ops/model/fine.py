@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eloftr_kernels import WindowMatches, window_match
+from eloftr_kernels.window_match import WindowMoments, window_moments
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode
 from eloftr_ops.model.backbone import fold_batch_norm
+from eloftr_ops.model.covariance import calibrated_covariances
 from eloftr_ops.model.stages import stage
-from eloftr_ops.types import CELL, CoarseMatches, CoarseOutput, Features, Matches
+from eloftr_ops.types import CELL, CoarseMatches, CoarseOutput, Features, Matches, UncertainMatches
 
 
 class FeaturePyramid(nn.Module):
@@ -69,9 +71,23 @@ def match_windows(
     coarse: CoarseOutput,
     mode: GradientMode,
     config: EfficientLoFTRConfig,
-) -> Matches:
-    """Keypoints of selected cells, wherever they lie; fine maps (B, D, 4h, 4w)."""
-    windows = window_match(
+    covariance: bool = False,
+) -> Matches | UncertainMatches:
+    """Keypoints of selected cells, wherever they lie, and their covariances; fine maps (B, D, 4h, 4w)."""
+    windows = matched_windows(fine0, fine1, selected, mode, config)
+    keypoints0, keypoints1 = keypoints_from_windows(selected, windows, coarse, mode, config)
+    matches = Matches(keypoints0, keypoints1, selected.confidence, selected.batch)
+    if not covariance:
+        return matches
+    moments = measured_windows(fine0, fine1, selected, windows, config)
+    return UncertainMatches(*matches, *calibrated_covariances(moments, config.covariance_calibration))
+
+
+def matched_windows(
+    fine0: Tensor, fine1: Tensor, selected: CoarseMatches, mode: GradientMode, config: EfficientLoFTRConfig
+) -> WindowMatches:
+    """The pixels of selected cells, with expectations unless the mode is ``hard``."""
+    return window_match(
         fine0,
         fine1,
         selected.batch,
@@ -82,8 +98,24 @@ def match_windows(
         centred_subpixel=config.centred_subpixel,
         soft_temperature=None if mode == "hard" else config.soft_temperature,
     )
-    keypoints0, keypoints1 = keypoints_from_windows(selected, windows, coarse, mode, config)
-    return Matches(keypoints0, keypoints1, selected.confidence, selected.batch)
+
+
+def measured_windows(
+    fine0: Tensor, fine1: Tensor, selected: CoarseMatches, windows: WindowMatches, config: EfficientLoFTRConfig
+) -> WindowMoments:
+    """How sure the windows are of those pixels."""
+    return window_moments(
+        fine0,
+        fine1,
+        selected.batch,
+        selected.cells0,
+        selected.cells1,
+        windows.pixel0,
+        windows.pixel1,
+        subpixel_channels=config.subpixel_channels,
+        subpixel_temperature=config.subpixel_temperature,
+        centred_subpixel=config.centred_subpixel,
+    )
 
 
 def keypoints_from_windows(
@@ -126,7 +158,7 @@ def keypoints_from_windows(
     return hard0.detach() + (soft0 - soft0.detach()), hard1.detach() + (soft1 - soft1.detach())
 
 
-def on_image(matches: Matches, features0: Features, features1: Features) -> Tensor:
+def on_image(matches: Matches | UncertainMatches, features0: Features, features1: Features) -> Tensor:
     """(M,) bool: both keypoints lie on their image and on no masked pixel."""
     inside = torch.ones_like(matches.batch_indexes, dtype=torch.bool)
     for keypoints, features in ((matches.keypoints0, features0), (matches.keypoints1, features1)):

@@ -30,6 +30,7 @@ from eloftr_ops.types import (
     PairInput,
     SampledMatches,
     StaticMatches,
+    UncertainMatches,
 )
 
 SIZE_MULTIPLE = 32  # of the padded image: 4x4 aggregation of cells of 8x8 pixels
@@ -126,13 +127,18 @@ class EfficientLoFTR(LoFTR):
         self._config = self.transformer.config = config
 
     @stage
-    def forward(self, data: Mapping[str, Any], *, mode: GradientMode | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, data: Mapping[str, Any], *, mode: GradientMode | None = None, covariance: bool = False
+    ) -> dict[str, Tensor]:
         """Match a batch of pairs; the dictionaries are those of ``kornia.feature.LoFTR``.
 
         Args:
             data: ``image0`` (B, 1, H0, W0) and ``image1`` (B, 1, H1, W1), or ``features0`` / ``features1`` of
                 :meth:`extract_features` in place of either; optionally ``mask0`` (B, H0, W0), ``mask1`` (B, H1, W1).
             mode: ``hard``, ``straight_through`` or ``soft``; default ``config.gradient_mode``.
+            covariance: also return ``covariance0`` (M, 2, 2) and ``covariance1`` (M, 2, 2) of the keypoints, pixels
+                squared: symmetric, positive definite, with gradient to both images, the same in every mode
+                (:func:`eloftr_ops.model.covariance.calibrated_covariances`).
 
         Returns:
             ``keypoints0`` (M, 2), ``keypoints1`` (M, 2), ``confidence`` (M,), ``batch_indexes`` (M,) ascending int64.
@@ -152,7 +158,7 @@ class EfficientLoFTR(LoFTR):
         # 4. Selection (3.3): mutual nearest cells above the threshold. Indices have no gradient.
         selected = select_matches(coarse, self.config)
         # 5. Fine matching (3.4): a pixel in the window of each cell, then its sub-pixel offset.
-        return self.refine(features0, features1, coarse, selected, mode)._asdict()
+        return self.refine(features0, features1, coarse, selected, mode, covariance)._asdict()
 
     def extract_features(self, image: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """The part of matching that one image needs alone: keep it to match the image against many.
@@ -220,7 +226,7 @@ class EfficientLoFTR(LoFTR):
         coarse = self.match_coarse(features0, features1, coarse0, coarse1)
         selected, valid = select_fixed(coarse, self.config, max_matches)
         fine = self.fine_features(features0, features1, coarse)
-        matches = match_windows(*fine, selected, coarse, mode, self.config)
+        matches = Matches(*match_windows(*fine, selected, coarse, mode, self.config)[:4])
         return matches, valid & on_image(matches, features0, features1).view_as(valid)
 
     def sample_matches(
@@ -373,12 +379,13 @@ class EfficientLoFTR(LoFTR):
         coarse: CoarseOutput,
         selected: CoarseMatches,
         mode: GradientMode,
-    ) -> Matches:
+        covariance: bool = False,
+    ) -> Matches | UncertainMatches:
         """Step 5. Keypoints of selected cells; matches that leave the image, or reach masked pixels, are dropped."""
         fine = self.fine_features(features0, features1, coarse)
-        matches = match_windows(*fine, selected, coarse, mode, self.config)
+        matches = match_windows(*fine, selected, coarse, mode, self.config, covariance)
         inside = on_image(matches, features0, features1)
-        return Matches(*(field[inside] for field in matches))
+        return type(matches)(*(field[inside] for field in matches))
 
     def fine_features(self, features0: Features, features1: Features, coarse: CoarseOutput) -> tuple[Tensor, Tensor]:
         """Fused fine features at half resolution, (B, D, 4h, 4w) per image.

@@ -197,7 +197,7 @@ def loss_sums(
     homography = pose = coarse.new_zeros(())
     if end_to_end:
         selected = select_matches(cells, matcher.config)
-        matches = matcher.refine(*sides, cells, selected, config.end_to_end.mode)
+        matches = Matches(*matcher.refine(*sides, cells, selected, config.end_to_end.mode)[:4])
         homography, pose = _geometric_sums(matches, batch, config, trust)
     terms = (coarse, pixel, subpixel, homography, pose, reward)
     return torch.stack([term.to(coarse.dtype) for term in terms]), watched.to(coarse.dtype)

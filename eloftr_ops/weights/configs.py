@@ -55,6 +55,7 @@ _OURS_ALONE = (
     "gradient_mode",
     "soft_temperature",
     "soft_neighbourhood",
+    "covariance_calibration",
 )
 
 

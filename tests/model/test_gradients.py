@@ -33,6 +33,12 @@ CONTRACT: dict[tuple[str, str], tuple[str, ...]] = {
     ("confidence", "hard"): (FLOWS, FLOWS, FLOWS, FLOWS, ZERO),
     ("confidence", "straight_through"): (FLOWS, FLOWS, FLOWS, FLOWS, ZERO),
     ("confidence", "soft"): (FLOWS, FLOWS, FLOWS, FLOWS, ZERO),
+    ("covariance0", "hard"): (FLOWS,) * 5,
+    ("covariance0", "straight_through"): (FLOWS,) * 5,
+    ("covariance0", "soft"): (FLOWS,) * 5,
+    ("covariance1", "hard"): (FLOWS,) * 5,
+    ("covariance1", "straight_through"): (FLOWS,) * 5,
+    ("covariance1", "soft"): (FLOWS,) * 5,
     ("batch_indexes", "hard"): (UNDEFINED,) * 5,
     ("batch_indexes", "straight_through"): (UNDEFINED,) * 5,
     ("batch_indexes", "soft"): (UNDEFINED,) * 5,
@@ -92,7 +98,7 @@ class Displaced:
                 continue
             keys = [key for key in parameters if key.startswith(name + ".")]
             parameters.update(zip(keys, moved, strict=True))
-        return torch.func.functional_call(self.model, parameters, (data,), {"mode": self.mode})
+        return torch.func.functional_call(self.model, parameters, (data,), {"mode": self.mode, "covariance": True})
 
     def output(self, name: str, inputs: tuple[str, ...]) -> Callable[..., Tensor]:
         """One output as a function of one (DIRECTIONS,) tensor of steps per input."""
@@ -114,7 +120,7 @@ def gradients(model: EfficientLoFTR, data: dict[str, Tensor], output: str, mode:
     """Gradient of a random projection of an output, for each of INPUTS; None where autograd knows no path."""
     inputs = {name: [data[name]] for name in ("image0", "image1")}
     inputs |= {name: list(getattr(model, name).parameters()) for name in INPUTS[2:]}
-    value = model(data, mode=mode)[output]
+    value = model(data, mode=mode, covariance=True)[output]
     if not value.requires_grad:
         return {name: [None] * len(tensors) for name, tensors in inputs.items()}
     cotangent = torch.randn(value.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -139,7 +145,7 @@ def test_the_page_shows_the_contract() -> None:
 
 def test_the_contract_covers_every_output_in_every_mode() -> None:
     with torch.no_grad():
-        outputs = smooth_model()(smooth_pair())
+        outputs = smooth_model()(smooth_pair(), covariance=True)
     assert set(CONTRACT) == {(output, mode) for output in outputs for mode in MODES}
 
 
@@ -158,7 +164,7 @@ def test_the_pair_is_away_from_ties() -> None:
 @pytest.mark.parametrize(("output", "mode", "name", "cell"), CELLS)
 def test_cell(output: str, mode: str, name: str, cell: str) -> None:
     model, data = tracked(smooth_model(), smooth_pair())
-    value = model(data, mode=mode)[output]
+    value = model(data, mode=mode, covariance=True)[output]
     assert len(value) >= 4
     if cell == UNDEFINED:
         assert not value.is_floating_point()
@@ -175,8 +181,13 @@ def test_cell(output: str, mode: str, name: str, cell: str) -> None:
         assert torch.equal(displaced(step)[output], displaced({})[output])
 
 
-@pytest.mark.parametrize("mode", ["hard", "soft"])
-@pytest.mark.parametrize("output", ["keypoints0", "keypoints1", "confidence"])
+@pytest.mark.parametrize(
+    ("output", "mode"),
+    [
+        *((output, mode) for output in ("keypoints0", "keypoints1", "confidence") for mode in ("hard", "soft")),
+        ("covariance1", "hard"),  # the same in all modes; tests/ops checks the moments of both images
+    ],
+)
 def test_gradients_are_derivatives(output: str, mode: str) -> None:
     """Where the contract says flows, the gradient is that of the value, along random directions, in float64."""
     flowing = tuple(n for n, cell in zip(INPUTS, CONTRACT[output, mode], strict=True) if cell == FLOWS)

@@ -48,12 +48,16 @@ def _first_tensor(data: Any) -> Tensor | None:
 
 @implements(EfficientLoFTR.forward, when=_is_batch)
 def match_one_by_one(
-    matcher: EfficientLoFTR, data: Mapping[str, Any], *, mode: GradientMode | None = None
+    matcher: EfficientLoFTR,
+    data: Mapping[str, Any],
+    *,
+    mode: GradientMode | None = None,
+    covariance: bool = False,
 ) -> dict[str, Tensor]:
     """A batch, pair by pair."""
     count = len(matcher.check_input(data).side0[0])
     match = definition_of(EfficientLoFTR.forward)
-    pairs = [match(matcher, _sample(data, index), mode=mode) for index in range(count)]
+    pairs = [match(matcher, _sample(data, index), mode=mode, covariance=covariance) for index in range(count)]
     for index, matches in enumerate(pairs):
         matches["batch_indexes"] = torch.full_like(matches["batch_indexes"], index)
     return {name: torch.cat([matches[name] for matches in pairs]) for name in pairs[0]}

@@ -2,6 +2,7 @@
 """Window matches: ``op.py`` holds the public function, ``naive.py`` the formulas."""
 
 from eloftr_kernels.window_match.cpu import pixel_log_joint, windows
+from eloftr_kernels.window_match.moments import WindowMoments, window_moments
 from eloftr_kernels.window_match.naive import (
     WINDOW,
     WindowMatches,
@@ -15,6 +16,7 @@ from eloftr_kernels.window_match.op import why_not, window_match
 __all__ = [
     "WINDOW",
     "WindowMatches",
+    "WindowMoments",
     "pixel_log_joint",
     "pixel_offsets",
     "subpixel_expectation",
@@ -22,5 +24,6 @@ __all__ = [
     "subpixel_scores",
     "why_not",
     "window_match",
+    "window_moments",
     "windows",
 ]

@@ -15,11 +15,12 @@ from eloftr_kernels.window_match.naive import RING, WINDOW, pixel_offsets, subpi
 
 
 class WindowMoments(NamedTuple):
-    """Second moments (x, y), pixels squared: symmetric, positive semi-definite, with gradient to both maps."""
+    """Second moments (x, y), pixels squared: symmetric, positive semi-definite; with gradient to both maps."""
 
     pixel0: Tensor  # (M, 2, 2) of the pixel of image 0 about the matched one, given that of image 1
     pixel1: Tensor  # (M, 2, 2) of the pixel of image 1 about the matched one, given that of image 0
     subpixel1: Tensor  # (M, 2, 2) of the 3x3 neighbourhood about its expectation
+    log_mass: Tensor  # (M,) logarithm of the sum of the joint probability: of how many pixels have a partner
 
 
 def window_moments(
@@ -42,8 +43,8 @@ def window_moments(
         S_1 = \sum_r (r - r^*)(r - r^*)^T \; p_{l^* r} / \sum_r p_{l^* r}, \qquad
         S_0 = \sum_l (l - l^*)(l - l^*)^T \; p_{l r^*} / \sum_l p_{l r^*},
 
-    and the covariance of the 3x3 softmax. Windows are worked off in chunks, each recomputed in the backward pass. By
-    PyTorch's own operations on every device.
+    the covariance of the 3x3 softmax, and the logarithm of the sum of all :math:`p_{lr}`. Windows are worked off in
+    chunks, each recomputed in the backward pass, by PyTorch's own operations on every device.
 
     Returns:
         As the fields say; float32, or float64 for float64 maps. No match gives empty tensors.
@@ -94,6 +95,7 @@ def _moments(
             _second_moment(F.softmax(given1, 1), grid - grid[index0, None]),
             _second_moment(F.softmax(given0, 1), grid - grid[index1, None]),
             _second_moment(probability, offsets - mean),
+            log_joint.flatten(1).logsumexp(1),
         )
 
 
