@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eloftr_ops.geometry._backends import BACKENDS, Sampling, Solver, solver_of
+from eloftr_ops.geometry._cameras import in_camera_coordinates
 from eloftr_ops.geometry._checks import (
     check_cameras,
     check_choice,
@@ -23,7 +24,7 @@ from eloftr_ops.geometry._ragged import Matches, PaddedMatches, canonical_order,
 from eloftr_ops.geometry.fundamental import camera_matrix, fundamental_from_matches, fundamental_in_pixels
 from eloftr_ops.geometry.homography import homography_from_matches
 from eloftr_ops.geometry.hypotheses import consensus_from_matches, in_frame_of, no_accident
-from eloftr_ops.geometry.pose import choose_motion, in_camera_coordinates, relative_pose_from_matches
+from eloftr_ops.geometry.pose import choose_motion, relative_pose_from_matches
 
 __all__ = ["ConsensusEstimate", "estimate_robust"]
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eloftr_ops.geometry._cameras import camera_scale, in_camera_coordinates
 from eloftr_ops.geometry._checks import (
     check_cameras,
     check_choice,
@@ -24,7 +25,7 @@ from eloftr_ops.geometry._robust import START_KERNEL, robust_weight
 from eloftr_ops.geometry._validity import is_no_accident
 from eloftr_ops.geometry.fundamental import camera_matrix, fundamental_in_pixels
 from eloftr_ops.geometry.homography import LEAST_DETERMINANT, with_unit_determinant
-from eloftr_ops.geometry.pose import camera_scale, choose_motion, in_camera_coordinates
+from eloftr_ops.geometry.pose import choose_motion
 
 __all__ = ["ConsensusHypotheses", "consensus_from_matches"]
 
