@@ -64,16 +64,16 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 MODES: dict[str, GradientMode] = {"end_to_end": "straight_through", "hard": "hard", "soft": "soft"}
 REWARDS = {
     "homography": ObjectiveConfig(kind="homography_reward"),
-    "pose": ObjectiveConfig(kind="pose_reward", scale=20.0, cell_threshold=5.0, pixel_threshold=1.5),
+    "pose": ObjectiveConfig(kind="pose_reward", scale=20.0, cell_threshold=5.0, backend="poselib"),
 }
-THROUGH = {"homography": 0.2, "pose": 5.0}  # weight of the straight-through loss beside the reward
+THROUGH = {"homography": 0.2, "pose": 5.0}  # weight of the straight-through loss, where it stands beside the reward
 ABLATIONS: dict[str, dict[str, Any]] = {
     "reward": {},
-    "reward_alone": {"through": 0.0},
+    "reward_and_through": {"through": True},
     "reward_cells": {"windows": 0},
-    "reward_cells_alone": {"windows": 0, "through": 0.0},
-    "reward_no_baseline": {"baseline": False},
+    "reward_one_draw": {"draws": 1, "baseline": False},
     "reward_no_penalty": {"penalty": 0.0},
+    "reward_one_model": {"hypotheses": 2},
 }
 THRESHOLDS = {"homography": (3.0, 5.0, 10.0), "pose": (5.0, 10.0, 20.0)}  # pixels; degrees
 ROBUST_SCALE = 4.0  # pixels; of the estimator that is tuned through
@@ -223,17 +223,17 @@ def reward_loss(
     image1: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """By drawn matches, and by the straight-through loss of pairs that have a reward: what ``train`` computes."""
+    """By drawn matches; with ``through`` by the straight-through loss, too, of pairs by their reward."""
     task = "pose" if isinstance(batch, SceneBatch) else "homography"
     changes = dict(ABLATIONS[variant])
-    through = changes.pop("through", THROUGH[task])
+    through = THROUGH[task] if changes.pop("through", False) else 0.0
     config = dataclasses.replace(REWARDS[task], **changes)
     estimator = EndToEndConfig(robust="cauchy", robust_scale=ROBUST_SCALE)
     losses = LossConfig(end_to_end=estimator, **{f"{task}_weight": through})
     seeds = torch.randint(2**62, (len(image1),), generator=generator).tolist()
     pairs = batch_of_rendered(batch._replace(image1=image1), seeds)
     sums, reward = loss_sums(model, pairs, no_labels(pairs), losses, config)
-    print(f"{float(reward) / len(image1):.2f}", end=" ")
+    print(f"{float(reward) / len(image1):.2f}", end=" ", flush=True)
     return (sums * sums.new_tensor(term_weights(losses, config))).sum() / len(image1)
 
 

@@ -5,6 +5,7 @@ from eloftr_ops.losses.epipolar import sampson_loss, symmetric_epipolar_loss, we
 from eloftr_ops.losses.expected_reward import (
     Candidates,
     agreement_rewards,
+    expected_choice_loss,
     expected_reward_loss,
     homography_reward,
     leave_one_out,
@@ -28,6 +29,7 @@ __all__ = [
     "coarse_focal_loss",
     "corner_error_loss",
     "cycle_consistency_loss",
+    "expected_choice_loss",
     "expected_reward_loss",
     "homography_reward",
     "leave_one_out",

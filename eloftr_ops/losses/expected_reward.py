@@ -15,6 +15,7 @@ from eloftr_ops.losses.pose import rotation_angle, translation_direction_angle
 __all__ = [
     "Candidates",
     "agreement_rewards",
+    "expected_choice_loss",
     "expected_reward_loss",
     "homography_reward",
     "leave_one_out",
@@ -89,6 +90,27 @@ def expected_reward_loss(
     per_draw = -(rewards * share * log_probability).sum(2)
     per_pair = per_draw.sum(1) / drawn.sum(1).clamp_min(1)
     return reduce_pairs(per_pair, drawn.any(1), reduction)
+
+
+def expected_choice_loss(log_probability: Tensor, rewards: Tensor) -> Tensor:
+    r"""Negative logarithm of the expected reward of choices, relative to the best that there is.
+
+    .. math:: \frac{1}{R} \sum_r m_r \log \frac{m_r}{\sum_s p_{rs} r_{rs}}, \quad m_r = \max_s r_{rs}
+
+    Where all things that can be chosen are known with their rewards, nothing need be drawn. The logarithm keeps the
+    gradient large where the probability of all good choices is small. Rows without a good choice hardly count.
+
+    Args:
+        log_probability: ``(M, R, S)``: of R choices among S, for each of M.
+        rewards: ``(M, R, S)`` in [0, 1].
+
+    Returns:
+        ``(M,)``. Gradient: to ``log_probability`` alone; finite.
+    """
+    rewards = rewards.detach().clamp_min(1e-12)
+    best = rewards.amax(2)
+    expected = torch.logsumexp(log_probability + rewards.log(), 2)
+    return (best * (best.log() - expected)).mean(1)
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:

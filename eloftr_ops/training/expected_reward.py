@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training by rewards: draw matches, estimate a model from them, reward what led to a good one.
+"""Training by rewards: draw matches, estimate models from them, reward what leads to a good one.
 
-The reward is any function of the estimated model; it needs no gradient. Cells first, by the model that a draw of them
-gives. Then pixels, in the windows of cells that agree with a good model, by a finer model.
+The reward is any function of the estimated model; it needs no gradient. Cells come first, by the models that draws of
+them give. Then pixels, in the windows of cells that agree with a good model: by models that are finer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -16,29 +15,39 @@ import torch
 from torch import Tensor
 
 from eloftr_kernels.noise import gumbel, keys
-from eloftr_ops.geometry import (
-    consensus_from_matches,
-    estimate_robust,
-    fundamental_from_pose,
-    sampson_residuals,
-    transfer_residuals,
-)
+from eloftr_kernels.window_match.naive import pixel_offsets
+from eloftr_kernels.window_match.sampled_pixels import window_log_joint
 from eloftr_ops.losses.expected_reward import (
     Candidates,
     agreement_rewards,
+    expected_choice_loss,
     expected_reward_loss,
     homography_reward,
     pose_reward,
     support_reward,
 )
 from eloftr_ops.model.coarse import score_cells
+from eloftr_ops.model.fine import cell_positions
 from eloftr_ops.model.matcher import EfficientLoFTR
 from eloftr_ops.model.sampling import check_sampling, draw_cells, draw_pixels, pair_seeds
-from eloftr_ops.types import CoarseOutput, Features, SampledMatches, SampledPixels
+from eloftr_ops.training.drawn_models import (
+    Geometry,
+    Judged,
+    Points,
+    Reward,
+    agreeing,
+    as_matrices,
+    judge_cells,
+    judged_rows,
+    refits,
+    rewards_of,
+    squared_distances,
+)
+from eloftr_ops.types import CoarseOutput, Features, SampledMatches
 
 ObjectiveKind = Literal["supervised", "homography_reward", "pose_reward", "support"]
-Reward = Callable[[Candidates], Tensor]  # (N,) in [0, 1] of N models
 _LEAST_WINDOWS = 8  # of a pair, for a finer model
+_BEST = 8  # finer models of a pair, that its pixels are judged by
 _WINDOW_STREAM = 1 << 21
 
 
@@ -52,12 +61,12 @@ class ObjectiveConfig:
         draws: of cells, of each pair of images; they are each other's baseline.
         matches: pairs of cells in a draw.
         windows: of each pair of images, whose pixels are drawn; 0 for cells alone.
-        pixels: pairs of pixels drawn in each of them.
-        hypotheses: finer models of each pair of images, each of a minimal sample of the pixels.
+        pixels: pairs of pixels drawn in each of them, for finer models.
+        hypotheses: finer models of each pair of images, fitted to parts of the cells and of the pixels.
         sharpness: of the softmax over their rewards: how much better ones count for more.
         model: that support is counted for: ``homography`` or ``fundamental``.
         cell_threshold: pixels up to which a pair of cells agrees with a model.
-        pixel_threshold: pixels up to which a pair of pixels does.
+        pixel_scale: pixels; the reward of a pair of pixels at distance d from a model is exp(-d^2 / 2 pixel_scale^2).
         scale: error from which on the reward is zero, pixels or degrees.
         chance: for ``support``: share of matches that agrees by chance.
         penalty: of matches that do not agree with a good model, relative to its reward.
@@ -74,12 +83,12 @@ class ObjectiveConfig:
     draws: int = 2
     matches: int = 384
     windows: int = 100
-    pixels: int = 16
+    pixels: int = 4
     hypotheses: int = 64
-    sharpness: float = 20.0
+    sharpness: float = 40.0
     model: Literal["homography", "fundamental"] = "homography"
     cell_threshold: float = 7.0
-    pixel_threshold: float = 2.5
+    pixel_scale: float = 1.0
     scale: float = 16.0
     chance: float = 0.05
     penalty: float = 0.25
@@ -98,7 +107,7 @@ class ObjectiveConfig:
         ):
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name}: expected {least} to {most}, got {getattr(self, name)}.")
-        for name in ("cell_threshold", "pixel_threshold", "scale", "sharpness"):
+        for name in ("cell_threshold", "pixel_scale", "scale", "sharpness"):
             if not 0 < getattr(self, name) < 1e9:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}.")
         for name in ("penalty", "pixel_weight", "entropy"):
@@ -106,15 +115,6 @@ class ObjectiveConfig:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}.")
         if not 0 <= self.chance < 1:
             raise ValueError(f"chance: expected a share in [0, 1), got {self.chance}.")
-
-
-class Geometry(NamedTuple):
-    """Which model is estimated."""
-
-    model: Literal["homography", "fundamental", "pose"]
-    K0: Tensor | None = None  # (B, 3, 3), for poses
-    K1: Tensor | None = None
-    backend: str = "opencv"  # of estimate_robust; torch has no loop over pairs, and runs on a GPU
 
 
 class RewardLoss(NamedTuple):
@@ -125,13 +125,6 @@ class RewardLoss(NamedTuple):
     reward: Tensor  # (B,) mean over the draws, without gradient
     fine_reward: Tensor  # (B,) of the finer model; zero without one
     support: Tensor  # (B,) mean share of drawn matches that agree with their model
-
-
-class _Judged(NamedTuple):
-    """Models of N groups of matches."""
-
-    found: Candidates
-    distance: Tensor  # (M,) of each match from the model of its group, pixels; infinite where there is none
 
 
 def reward_objective(
@@ -189,30 +182,23 @@ def reward_of_stages(
     """:func:`reward_objective` of stages that have run; ``loss`` is the sum over the pairs."""
     check_sampling(model.config, config.draws, config.matches, config.pixels)
     drawn = draw_cells(*sides, coarse, model.config, seeds=seeds, draws=config.draws, matches=config.matches)
-    judged, agrees = _judge_cells(drawn, geometry, config)
-    rewards = _checked(reward(judged.found), judged.found).view(agrees.shape[:2])
-    rewards = rewards.to(drawn.log_probability)
+    judged = judge_cells(drawn, seeds, reward, geometry, threshold=config.cell_threshold, rough=config.hypotheses)
+    rewards = judged.rewards.to(drawn.log_probability)
     per_pair = expected_reward_loss(
         drawn.log_probability,
-        agreement_rewards(rewards, agrees, penalty=config.penalty, baseline=config.baseline),
+        agreement_rewards(rewards, judged.agrees, penalty=config.penalty, baseline=config.baseline),
         valid=drawn.valid,
         baseline=False,
         entropy=config.entropy,
         reduction="none",
     )
-    fine_rewards = torch.zeros_like(per_pair.detach())
+    worth = torch.zeros_like(per_pair.detach())
     if config.windows > 0 and config.pixel_weight > 0:
-        rows = _windows_to_draw(agrees & (rewards > 0)[..., None], seeds, config.windows)
+        rows = _windows_to_look_at(judged_rows(judged), drawn, seeds, config.windows)
         if len(rows) > 0:
-            fine = model.fine_features(*sides, coarse)
-            pixels = draw_pixels(
-                *sides, coarse, *fine, model.config, drawn, rows=rows, seeds=seeds, pixels=config.pixels
-            )
-            batch = rows // drawn.valid[0].numel()
-            of_pixels, fine_rewards = _pixel_losses(pixels, batch, len(seeds), reward, geometry, config)
+            of_pixels, worth = _pixel_losses(model, sides, coarse, drawn, judged, rows, seeds, reward, geometry, config)
             per_pair = per_pair + config.pixel_weight * of_pixels
-    support = judged.found.support.view(agrees.shape[:2]).mean(1)
-    return RewardLoss(per_pair.sum(), per_pair, rewards.mean(1), fine_rewards, support)
+    return RewardLoss(per_pair.sum(), per_pair, rewards.mean(1), worth, judged.support.mean(1))
 
 
 def reward_of_kind(
@@ -240,148 +226,104 @@ def reward_of_kind(
     raise ValueError(f"kind: expected a reward whose labels are there, got {config.kind}.")
 
 
-@torch.no_grad()
-def _judge_cells(drawn: SampledMatches, geometry: Geometry, config: ObjectiveConfig) -> tuple[_Judged, Tensor]:
-    """The model of each draw, and which drawn matches (B, D, K) agree with it."""
-    pairs, draws, _ = drawn.valid.shape
-    group = torch.arange(pairs * draws, device=drawn.valid.device)
-    index = group.view(pairs, draws, 1).expand_as(drawn.valid)[drawn.valid]
-    points = drawn.keypoints0[drawn.valid], drawn.keypoints1[drawn.valid]
-    judged = _judge(*points, index, group // draws, geometry, config.cell_threshold)
-    agrees = torch.zeros_like(drawn.valid)
-    agrees[drawn.valid] = judged.distance < config.cell_threshold
-    return judged, agrees
-
-
 def _pixel_losses(
-    pixels: SampledPixels,
-    batch: Tensor,
-    pairs: int,
+    model: EfficientLoFTR,
+    sides: tuple[Features, Features],
+    coarse: CoarseOutput,
+    drawn: SampledMatches,
+    judged: Judged,
+    rows: Tensor,
+    seeds: Tensor,
     reward: Reward,
     geometry: Geometry,
     config: ObjectiveConfig,
 ) -> tuple[Tensor, Tensor]:
-    """(B,) mean over the windows of each pair, zero for those without a finer model; and the mean reward of those.
+    """(B,) mean over the windows of each pair, zero for those without a finer model; and the worth of those models.
 
-    One robust model of all pixels would not do: windows that agree on a wrong shift would be rewarded for agreeing, and
-    no draw would ever show them a better one. Small samples give different models, and their rewards can be compared.
+    The reward of a pair of pixels is known as soon as a model is, so its expectation over the window needs no draw.
+    Pixels are drawn only for the models. One model of all of them would not do: where windows agree on a wrong shift,
+    it would reward them for agreeing.
     """
+    fine = model.fine_features(*sides, coarse)
+    batch = rows // drawn.valid[0].numel()
+    counts = torch.bincount(batch, minlength=len(seeds))
     with torch.no_grad():
-        index = batch[:, None].expand_as(pixels.valid)[pixels.valid]
-        points = pixels.keypoints0[pixels.valid], pixels.keypoints1[pixels.valid]
-        found, near = _hypotheses(*points, index, pairs, geometry, config)
-        counts = torch.bincount(batch, minlength=pairs)
-        of_models = _checked(reward(found), found).view(pairs, -1).to(pixels.log_probability)
-        of_models = of_models * (counts >= _LEAST_WINDOWS)[:, None]
+        found = _finer_models(model, sides, coarse, fine, drawn, judged, rows, seeds, geometry, config)
+        of_models = rewards_of(reward, found).view(len(seeds), -1).float() * (counts >= _LEAST_WINDOWS)[:, None]
         share = (config.sharpness * of_models).masked_fill(of_models <= 0, -torch.inf).softmax(1).nan_to_num(0)
         worth = (share * of_models).sum(1)
-        rewards = torch.zeros_like(pixels.log_probability)
-        rewards[pixels.valid] = (near.to(share) * share[index]).sum(1) * worth[index]
-    per_window = expected_reward_loss(pixels.log_probability, rewards, valid=pixels.valid, reduction="none")
-    total = per_window.new_zeros(pairs).index_add(0, batch, per_window)
-    return total * config.pixels / counts.clamp_min(1), worth
+    cells0, cells1 = drawn.cells0.flatten()[rows], drawn.cells1.flatten()[rows]
+    log_joint = window_log_joint(*fine, batch, cells0, cells1, model.config.subpixel_channels)
+    corners = cell_positions(cells0, coarse.grid0, worth.dtype), cell_positions(cells1, coarse.grid1, worth.dtype)
+    rewards = _pixel_rewards(*corners, batch, found, share, geometry, config)
+    per_window = worth[batch] * expected_choice_loss(log_joint, rewards.to(log_joint))
+    total = per_window.new_zeros(len(seeds)).index_add(0, batch, per_window)
+    return total / counts.clamp_min(1), worth.to(total)
 
 
-def _hypotheses(
-    keypoints0: Tensor,
-    keypoints1: Tensor,
-    index: Tensor,
-    pairs: int,
+def _finer_models(
+    model: EfficientLoFTR,
+    sides: tuple[Features, Features],
+    coarse: CoarseOutput,
+    fine: tuple[Tensor, Tensor],
+    drawn: SampledMatches,
+    judged: Judged,
+    rows: Tensor,
+    seeds: Tensor,
     geometry: Geometry,
     config: ObjectiveConfig,
-) -> tuple[Candidates, Tensor]:
-    """Models of minimal samples, and how well each match agrees with each model of its pair, (M, H) in [0, 1]."""
-    found = consensus_from_matches(
-        keypoints0,
-        keypoints1,
-        index,
-        batch_size=pairs,
-        model=geometry.model,
-        K0=geometry.K0,
-        K1=geometry.K1,
-        robust_scale=config.pixel_threshold,
-        hypotheses=config.hypotheses,
-        max_iterations=config.hypotheses,
-        temperature=1e9,  # no hypothesis that is determined gets the probability zero
-        refine_steps=0,
-    )
-    models = found.models_0to1.flatten(0, 1)
-    valid, kept = (found.probabilities > 0).flatten(), found.probabilities.shape[1]
-    group = torch.arange(pairs, device=index.device).repeat_interleave(kept)
-    rows = (index[:, None] * kept + torch.arange(kept, device=index.device)).flatten()
-    cameras = [None if K is None else K[group] for K in (geometry.K0, geometry.K1)]
-    repeated = keypoints0.repeat_interleave(kept, 0), keypoints1.repeat_interleave(kept, 0)
-    distance = _distances(*repeated, rows, models, geometry, cameras)
-    near = torch.where(valid[rows], (-0.5 * distance.square()).exp(), 0)
-    support = near.new_zeros(len(group)).index_add(0, rows, near)
-    support = support / torch.bincount(rows, minlength=len(group)).clamp_min(1)
-    return Candidates(models, valid, group, support), near.view(-1, kept)
+) -> Candidates:
+    """Models fitted to parts of the cells, and to parts of the pixels drawn in their windows."""
+    pixels = draw_pixels(*sides, coarse, *fine, model.config, drawn, rows=rows, seeds=seeds, pixels=config.pixels)
+    group = (rows // drawn.valid[0].numel())[:, None].expand_as(pixels.valid)
+    window = rows[:, None].expand_as(pixels.valid)
+    points = Points(*(x[pixels.valid] for x in (pixels.keypoints0, pixels.keypoints1, group, window)))
+    best = judged.rewards.argmax(1)[:, None, None, None]
+    start = judged.models.take_along_dim(best, 1)[:, 0]
+    found = refits(agreeing(drawn, judged), points, seeds, start, geometry, count=config.hypotheses)
+    matrices = as_matrices(found.models_0to1, found.pairs, geometry).unflatten(0, (len(seeds), config.hypotheses))
+    squared = squared_distances(pixels.keypoints0[:, None], pixels.keypoints1[:, None], matrices[group[:, 0]], geometry)
+    near = _nearness(squared, config).where(pixels.valid[:, None], 0).sum(2)
+    support = near.new_zeros(matrices.shape[:2]).index_add(0, group[:, 0], near)
+    count = torch.bincount(group[pixels.valid], minlength=len(seeds)).clamp_min(1)
+    return found._replace(support=(support / count[:, None]).flatten())
 
 
 @torch.no_grad()
-def _judge(
-    keypoints0: Tensor,
-    keypoints1: Tensor,
-    index: Tensor,
-    pairs: Tensor,
+def _pixel_rewards(
+    corners0: Tensor,
+    corners1: Tensor,
+    batch: Tensor,
+    found: Candidates,
+    share: Tensor,
     geometry: Geometry,
-    threshold: float,
-) -> _Judged:
-    """Robust models of groups of matches, and each match's distance from the model of its group."""
-    cameras = [None if K is None else K[pairs] for K in (geometry.K0, geometry.K1)]
-    estimate = estimate_robust(
-        keypoints0,
-        keypoints1,
-        index,
-        batch_size=len(pairs),
-        model=geometry.model,
-        K0=cameras[0],
-        K1=cameras[1],
-        backend=geometry.backend,
-        threshold=threshold,
-        confidence=0.999,
-        max_iterations=3000,
-    )
-    distance = _distances(keypoints0, keypoints1, index, estimate.model_0to1, geometry, cameras)
-    distance = torch.where(estimate.valid[index], distance, torch.inf)
-    agreeing = torch.bincount(index[distance < threshold], minlength=len(pairs))
-    support = agreeing / torch.bincount(index, minlength=len(pairs)).clamp_min(1)
-    return _Judged(Candidates(estimate.model_0to1, estimate.valid, pairs, support), distance)
-
-
-def _distances(
-    keypoints0: Tensor,
-    keypoints1: Tensor,
-    index: Tensor,
-    models: Tensor,
-    geometry: Geometry,
-    cameras: list[Tensor | None],
+    config: ObjectiveConfig,
 ) -> Tensor:
-    """(M,) pixels: transfer error for homographies, Sampson distance otherwise."""
-    if geometry.model == "homography":
-        offsets: Tensor = transfer_residuals(keypoints0, keypoints1, index, models)
-        return offsets.square().sum(-1).sqrt()
-    if cameras[0] is not None and cameras[1] is not None:
-        models = fundamental_from_pose(models, cameras[0].to(models), cameras[1].to(models))
-    distance: Tensor = sampson_residuals(keypoints0, keypoints1, index, models)
-    return distance.abs()
+    """(N, 64, 64) how well pairs of pixels agree with the best models of their pair of images, in [0, 1]."""
+    grid = pixel_offsets(share)
+    points0, points1 = corners0[:, None] + grid, corners1[:, None] + grid
+    matrices = as_matrices(found.models_0to1, found.pairs, geometry).unflatten(0, share.shape)
+    share, order = share.topk(min(_BEST, share.shape[1]), 1)
+    matrices = matrices.take_along_dim(order[..., None, None], 1)
+    total = share.new_zeros(len(batch), len(grid), len(grid))
+    for k in range(share.shape[1]):
+        squared = squared_distances(points0, points1, matrices[batch, k], geometry, pairwise=True)
+        total += _nearness(squared, config) * share[batch, k, None, None]
+    return total
 
 
-def _windows_to_draw(chosen: Tensor, seeds: Tensor, most: int) -> Tensor:
+def _nearness(squared: Tensor, config: ObjectiveConfig) -> Tensor:
+    """In [0, 1], of squared distances in pixels."""
+    return (-0.5 * squared / config.pixel_scale**2).exp()
+
+
+def _windows_to_look_at(where: tuple[Tensor, ...], drawn: SampledMatches, seeds: Tensor, most: int) -> Tensor:
     """(N,) rows of the chosen of (B, D, K) matches, by chance at most so many of each pair."""
+    chosen = torch.zeros_like(drawn.valid)
+    chosen[where] = True
     flat = chosen.flatten(1)
     columns = torch.arange(flat.shape[1], device=flat.device)
     noise = gumbel(keys(seeds, _WINDOW_STREAM)[:, None], keys(columns))
     _, kept = noise.masked_fill(~flat, -torch.inf).topk(min(most, flat.shape[1]), 1)
     rows = kept + torch.arange(len(flat), device=flat.device)[:, None] * flat.shape[1]
     return rows[flat.gather(1, kept)]
-
-
-def _checked(rewards: Tensor, found: Candidates) -> Tensor:
-    """Of a user's function: the right shape, finite, no gradient."""
-    if not isinstance(rewards, Tensor) or rewards.shape != found.valid.shape:
-        shape = tuple(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
-        raise ValueError(f"reward: expected a tensor (N,) = {tuple(found.valid.shape)}, got {shape}.")
-    if not bool(torch.isfinite(rewards).all()):
-        raise ValueError("reward: expected finite numbers, got NaN or infinity. Return 0 for a failure.")
-    return rewards.detach()

@@ -9,6 +9,7 @@ import torch
 from eloftr_ops.losses import (
     Candidates,
     agreement_rewards,
+    expected_choice_loss,
     expected_reward_loss,
     homography_reward,
     leave_one_out,
@@ -99,3 +100,29 @@ def test_bad_input() -> None:
     )
     with pytest.raises(ValueError, match="chance: expected a share"):
         support_reward(found, chance=1.0)
+
+
+def test_the_loss_of_choices_with_one_good_choice_is_its_negative_log_likelihood() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_p = torch.rand(3, 4, 5, generator=generator).log_softmax(2)
+    rewards = torch.zeros(3, 4, 5)
+    rewards[..., 2] = 0.5
+    found = expected_choice_loss(log_p, rewards)
+    torch.testing.assert_close(found, -0.5 * log_p[..., 2].mean(1))
+
+
+def test_the_loss_of_choices_has_the_right_gradient_and_is_finite_without_a_good_choice() -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator).requires_grad_()
+    rewards = torch.rand(2, 3, 4, dtype=torch.float64, generator=generator)
+    rewards[0, 0] = 0
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return expected_choice_loss(x.log_softmax(2), rewards)
+
+    assert torch.autograd.gradcheck(loss, scores)
+    (slopes,) = torch.autograd.grad(loss(scores).sum(), scores)
+    assert bool(slopes[0, 1].abs().max() > 1e-3)
+    assert bool(slopes[0, 0].abs().max() < 1e-9)
+    extreme = torch.full((1, 1, 2), -1e30, requires_grad=True)
+    finite_gradients(expected_choice_loss(extreme, torch.ones(1, 1, 2)), [extreme])

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from eloftr_ops.losses import Candidates
 from eloftr_ops.training.config_file import config_from_dict
-from eloftr_ops.training.expected_reward import Geometry, ObjectiveConfig, reward_objective
+from eloftr_ops.training.drawn_models import Geometry
+from eloftr_ops.training.expected_reward import ObjectiveConfig, reward_objective
 from support.models import random_images, tiny_model
 from support.pair_files import save_image
 from support.training_runs import gradients, losses, short
@@ -65,10 +66,14 @@ def test_no_success_gives_no_gradient_and_masks_are_taken() -> None:
     result.loss.backward()
     assert float(result.loss.detach()) == 0
     assert not any(bool(p.grad.any()) for p in model.parameters() if p.grad is not None)
-    with pytest.raises(ValueError, match=r"reward: expected a tensor \(N,\) = \(2,\)"):
+    with pytest.raises(ValueError, match=r"reward: expected a tensor \(N,\) = \(16,\), got \(3,\)"):
         reward_objective(model, image, image, lambda *_: torch.zeros(3), Geometry("homography"), CONFIG)
+
+    def undefined(found: Candidates) -> Tensor:
+        return torch.full(found.valid.shape, torch.nan)
+
     with pytest.raises(ValueError, match="reward: expected finite numbers"):
-        reward_objective(model, image, image, lambda *_: torch.full((2,), torch.nan), Geometry("homography"), CONFIG)
+        reward_objective(model, image, image, undefined, Geometry("homography"), CONFIG)
 
 
 @pytest.mark.parametrize("kind", ["homography_reward", "pose_reward", "support"])

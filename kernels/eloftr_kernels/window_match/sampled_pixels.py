@@ -52,6 +52,27 @@ def sample_pixels(
     return DrawnPixels(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
+def window_log_joint(
+    map0: Tensor, map1: Tensor, batch: Tensor, cells0: Tensor, cells1: Tensor, subpixel_channels: int
+) -> Tensor:
+    """(M, 64, 64) logarithm of the dual-softmax probability of the pairs of pixels of each window; with gradient."""
+    joint = partial(_log_joint, subpixel_channels=subpixel_channels)
+    chunk = CHUNK_CPU if map0.device.type == "cpu" else CHUNK
+    parts = [
+        recomputed(joint, map0, map1, *(x[start : start + chunk] for x in (batch, cells0, cells1)))
+        for start in range(0, max(1, len(batch)), chunk)
+    ]
+    return torch.cat(parts)
+
+
+def _log_joint(
+    map0: Tensor, map1: Tensor, batch: Tensor, cells0: Tensor, cells1: Tensor, subpixel_channels: int
+) -> Tensor:
+    windows0 = windows(map0, batch, cells0, ring=0)[..., :-subpixel_channels]
+    windows1 = windows(map1, batch, cells1, ring=RING)[..., :-subpixel_channels]
+    return pixel_log_joint(windows0, windows1, map0.shape[1])
+
+
 def _draw(
     map0: Tensor,
     map1: Tensor,
@@ -63,9 +84,7 @@ def _draw(
     draws: int,
 ) -> DrawnPixels:
     """One chunk of matches."""
-    windows0 = windows(map0, batch, cells0, ring=0)[..., :-subpixel_channels]
-    windows1 = windows(map1, batch, cells1, ring=RING)[..., :-subpixel_channels]
-    log_joint = pixel_log_joint(windows0, windows1, map0.shape[1]).flatten(1)
+    log_joint = _log_joint(map0, map1, batch, cells0, cells1, subpixel_channels).flatten(1)
     with torch.autocast(log_joint.device.type, enabled=False):
         log_joint = F.log_softmax(log_joint, 1)
     with torch.no_grad():
