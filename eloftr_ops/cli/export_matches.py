@@ -13,7 +13,7 @@ from eloftr_ops.cli.common import Report, UsageError, print_line, reported_mista
 from eloftr_ops.reconstruction.cameras import read_camera
 from eloftr_ops.reconstruction.exporters import export_tracks
 from eloftr_ops.reconstruction.match_file import MatchFile
-from eloftr_ops.reconstruction.reconstruct import Grid, keypoints_of
+from eloftr_ops.reconstruction.reconstruct import Grid, make_tracks
 from eloftr_ops.reconstruction.tracks import TrackConfig
 
 __all__ = ["export_matches"]
@@ -51,7 +51,8 @@ def export_matches(
         grid = None if cell_size is None else Grid(cell_size, max_error or cell_size)
         with MatchFile(matches) as file:
             resize = int(file.settings.get("resize", 0))
-            tracks = keypoints_of(file, resize, grid or TrackConfig(), images)
+            found = [file.read(pair) for pair in file.pairs()]
+        tracks = make_tracks(found, resize, grid or TrackConfig(), images)
         cameras = {name: read_camera(images / name) for name in tracks.names}
         written = export_tracks(to.value, output, tracks, cameras)
     console = Report()

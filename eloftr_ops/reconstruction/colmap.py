@@ -6,7 +6,10 @@ Source: Schonberger, Frahm: "Structure-from-Motion Revisited", CVPR 2016.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -18,9 +21,21 @@ from eloftr_ops.errors import ArgumentError, FileError
 from eloftr_ops.reconstruction.cameras import PhotoCamera
 from eloftr_ops.reconstruction.tracks import Tracks
 
-__all__ = ["check_camera_model", "map_incrementally", "require_pycolmap", "verify_pairs", "write_database"]
+__all__ = [
+    "adjust_model",
+    "check_camera_model",
+    "map_incrementally",
+    "require_pycolmap",
+    "triangulate",
+    "verify_pairs",
+    "write_database",
+]
 
 _SEED = 0
+_LEAST_SHARED = 5  # images of one camera whose principal point is looked for
+_CENTRAL = 0.05  # of the long side: how far a principal point may lie from the middle
+_LEAST_SCALE = 0.05  # pixels
+_ROUNDS = 50  # of the last adjustment, at most
 
 
 def require_pycolmap() -> ModuleType:
@@ -115,14 +130,63 @@ def map_incrementally(
     """
     pycolmap = require_pycolmap()
     output.mkdir(parents=True, exist_ok=True)
-    options = pycolmap.IncrementalPipelineOptions()
-    options.num_threads = threads
-    options.random_seed = options.mapper.random_seed = options.triangulation.random_seed = _SEED
+    options = _options(pycolmap, threads)
     options.min_model_size = least_images
-    options.extract_colors = False  # it would look into images that are not turned upright
     with quiet(pycolmap):
         models = pycolmap.incremental_mapping(database, images, output, options)
     return sorted(models.values(), key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
+
+
+def triangulate(model: Any, database: Path, *, threads: int = -1) -> Any:
+    """The model with the points of a verified database in place of its own; its cameras stay.
+
+    Args:
+        model: of `map_incrementally`. The database has the same images under the same numbers.
+        database: of `verify_pairs`.
+        threads: -1: all.
+    """
+    pycolmap = require_pycolmap()
+    with quiet(pycolmap), tempfile.TemporaryDirectory() as folder:
+        return pycolmap.triangulate_points(model, database, folder, folder, options=_options(pycolmap, threads))
+
+
+def adjust_model(model: Any, *, threads: int = -1) -> Any:
+    """The model after all of it, points, poses and intrinsics, was adjusted together once more.
+
+    Two things are other than in the mapper. Observations that do not fit count less (Cauchy's weights, whose scale is
+    the mean reprojection error): wrong ones bend a long row of cameras. And principal points are looked for, as
+    COLMAP's manual advises for a complete model, where at least five images share each camera: if it is held at the
+    middle of the image and is not there, all centres move. One that ends far from the middle is not believed.
+    """
+    pycolmap = require_pycolmap()
+    shared = collections.Counter(image.camera_id for image in model.images.values() if image.has_pose)
+    options = pycolmap.BundleAdjustmentOptions()
+    options.print_summary = False
+    options.ceres.loss_function_type = pycolmap.LossFunctionType.CAUCHY
+    options.ceres.loss_function_scale = max(model.compute_mean_reprojection_error(), _LEAST_SCALE)
+    options.ceres.solver_options.max_num_iterations = _ROUNDS
+    options.ceres.solver_options.num_threads = threads
+    for refine in (True, False) if min(shared.values()) >= _LEAST_SHARED else (False,):
+        options.refine_principal_point = refine
+        adjusted = copy.deepcopy(model)
+        with quiet(pycolmap):
+            pycolmap.bundle_adjustment(adjusted, options)
+        if all(_is_central(adjusted.cameras[camera]) for camera in shared):
+            break
+    return adjusted
+
+
+def _is_central(camera: Any) -> bool:
+    away = max(abs(camera.principal_point_x - camera.width / 2), abs(camera.principal_point_y - camera.height / 2))
+    return bool(away <= _CENTRAL * max(camera.width, camera.height))
+
+
+def _options(pycolmap: ModuleType, threads: int) -> Any:
+    options = pycolmap.IncrementalPipelineOptions()
+    options.num_threads = threads
+    options.random_seed = options.mapper.random_seed = options.triangulation.random_seed = _SEED
+    options.extract_colors = False  # it would look into images that are not turned upright
+    return options
 
 
 @contextlib.contextmanager

@@ -41,7 +41,10 @@ class KeptImage(NamedTuple):
 class FeatureStore:
     """Gives images with features; keeps those that were used last.
 
-    Files are read by threads, ahead of their use: call :meth:`expect` with the names in the order of use.
+    Files are read by threads, ahead of their use: call :meth:`expect` with the names in the order of use. Threads, not
+    processes: reading takes 8 ms of a 768x512 JPEG and 41 ms of one of 12 megapixels (one core, long side 640), a
+    hundredth of a pair's second on a CPU, and nearly all of it without Python's lock (another thread counted as fast
+    as ever meanwhile). A process would send each image through a pipe, and would load torch anew.
 
     Args:
         matcher: whose features; on its device.

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from eloftr_ops.errors import ArgumentError, FileError
 from eloftr_ops.reconstruction.bulk import PairChoice, Watch, match_pairs
 from eloftr_ops.reconstruction.cameras import read_camera
 from eloftr_ops.reconstruction.colmap import (
+    adjust_model,
     check_camera_model,
     map_incrementally,
     require_pycolmap,
@@ -29,14 +31,16 @@ from eloftr_ops.reconstruction.colmap import (
     write_database,
 )
 from eloftr_ops.reconstruction.engine import MatchSettings
+from eloftr_ops.reconstruction.journal import PairMatches
 from eloftr_ops.reconstruction.match_file import MatchFile
 from eloftr_ops.reconstruction.picture import color_points, draw_model
 from eloftr_ops.reconstruction.quantisation import quantised_tracks
+from eloftr_ops.reconstruction.second_look import look_again
 from eloftr_ops.reconstruction.sharpening import sharpen_tracks
 from eloftr_ops.reconstruction.tracks import TrackConfig, TrackReport, Tracks, build_tracks
 from eloftr_ops.storage import folder_lock, write_file
 
-__all__ = ["Grid", "ReconstructionReport", "keypoints_of", "reconstruct"]
+__all__ = ["Grid", "ReconstructionReport", "make_tracks", "reconstruct"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,11 @@ def reconstruct(
             report.refused_pairs = len(bulk.refused)
         with _step(report, output, "tracks"):
             with MatchFile(output / "matches.h5") as file:
-                tracks = keypoints_of(file, settings.resize, keypoints or TrackConfig(), choice.folder)
+                matches = [file.read(pair) for pair in file.pairs()]
+            make = functools.partial(
+                make_tracks, resize=settings.resize, keypoints=keypoints or TrackConfig(), images=choice.folder
+            )
+            tracks = make(matches)
             report.images, report.tracks = len(tracks.names), tracks.report
         with _step(report, output, "verification"):
             cameras = {name: read_camera(choice.folder / name) for name in tracks.names}
@@ -126,23 +134,36 @@ def reconstruct(
             write_database(output / "database.db", tracks, cameras, camera_model=camera_model)
             report.verified_matches = verify_pairs(output / "database.db", threads=threads)
         with _step(report, output, "mapping"):
-            _map(report, output, choice.folder, threads)
+            models = _mapped(report, output, choice.folder, threads)
+        with _step(report, output, "refinement"):
+            if not isinstance(keypoints, Grid):
+                models, tracks = look_again(
+                    models,
+                    matches,
+                    make,
+                    output / "database.db",
+                    cameras,
+                    resize=settings.resize,
+                    camera_model=camera_model,
+                    threads=threads,
+                )
+                report.tracks = tracks.report
+            models = [adjust_model(model, threads=threads) for model in models]
+            _write_models(report, models, output, choice.folder)
         report.complete, report.note = True, ""
         _write_report(report, output)
     return report
 
 
-def keypoints_of(file: MatchFile, resize: int, keypoints: TrackConfig | Grid, images: Path) -> Tracks:
-    """Keypoints and tracks of all pairs of a file of matches, which were made at this size from this folder."""
-    matches = [file.read(pair) for pair in file.pairs()]
+def make_tracks(matches: Sequence[PairMatches], resize: int, keypoints: TrackConfig | Grid, images: Path) -> Tracks:
+    """Keypoints and tracks from the matches of all pairs, which were made at this size from this folder."""
     if isinstance(keypoints, Grid):
         return quantised_tracks(matches, resize, cell_size=keypoints.cell_size, max_error=keypoints.max_error)
     return sharpen_tracks(build_tracks(matches, resize, keypoints), images, resize)
 
 
-def _map(report: ReconstructionReport, output: Path, images: Path, threads: int) -> None:
-    place = output / "sparse"
-    shutil.rmtree(place, ignore_errors=True)
+def _mapped(report: ReconstructionReport, output: Path, images: Path, threads: int) -> list[Any]:
+    shutil.rmtree(output / "sparse", ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".mapping-") as folder:
         models = map_incrementally(output / "database.db", images, Path(folder), threads=threads)
     if not models:
@@ -150,10 +171,15 @@ def _map(report: ReconstructionReport, output: Path, images: Path, threads: int)
             f"{output}: no model: too few images show enough of the same scene ({report.verified_matches} verified "
             "matches). Matches and database are kept. Pass more images with more overlap, or more pairs."
         )
+    return models
+
+
+def _write_models(report: ReconstructionReport, models: list[Any], output: Path, images: Path) -> None:
     for number, model in enumerate(models):
+        place = output / "sparse" / str(number)
+        place.mkdir(parents=True)
         color_points(model, images)
-        (place / str(number)).mkdir(parents=True)
-        model.write(place / str(number))
+        model.write(place)
     best = models[0]
     report.models = [model.num_reg_images() for model in models]
     report.registered, report.points = best.num_reg_images(), best.num_points3D()

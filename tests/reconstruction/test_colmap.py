@@ -127,7 +127,7 @@ def test_the_command_reconstructs_rendered_photographs(tmp_path: Path) -> None:
     assert "registered   4 of 4 images" in result.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["complete"]
-    assert set(report["seconds"]) == {"matching", "tracks", "verification", "mapping"}
+    assert set(report["seconds"]) == {"matching", "tracks", "verification", "mapping", "refinement"}
     assert report["mean_track_length"] > 3
     assert report["reprojection_error"] < 0.7
     with Image.open(tmp_path / "out" / "reconstruction.png") as picture:
