@@ -148,6 +148,8 @@ def compile_case(op: str, shape: str, dtype: str, target: str, dump: Path | None
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from eloftr_kernels import kernel_common
+
     case = importlib.import_module(f"benchmarks.compile_cases.{op}")
     found: dict[str, Compiled] = {}
     run = JITFunction.run
@@ -162,6 +164,7 @@ def compile_case(op: str, shape: str, dtype: str, target: str, dump: Path | None
     pretended = (
         mock.patch.object(driver, "_active", _Target(target)),
         mock.patch.object(dispatch, "shared_memory", return_value=TARGETS[target].shared),
+        mock.patch.object(kernel_common, "_ON_AMD", TARGETS[target].backend == "hip"),
         mock.patch.object(JITFunction, "run", compile_only),
     )
     with contextlib.ExitStack() as stack:

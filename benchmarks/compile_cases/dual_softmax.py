@@ -21,4 +21,5 @@ def launch(shape: str, dtype: torch.dtype) -> None:
     masks = [torch.empty(2, CELLS, dtype=torch.bool, device="meta") for _ in range(2)]
     lse = launches.dual_softmax_lse_forward(features0, features1, 0.1, *masks, dtype)
     launches.dual_softmax_lse_backward(*lse, features0, features1, *lse, 0.1, *masks, dtype)
+    launches.dual_softmax_best_forward(features0, features1, 0.1, 0.2, *masks, dtype)
     launches.mutual_best_forward(features0, features1, 0.1, *lse, *masks, dtype)

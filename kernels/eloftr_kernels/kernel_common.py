@@ -1,17 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernels of several ops share and what needs Triton: imported by kernels and launches only."""
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-NORM_EPS = tl.constexpr(1e-5)  # of torch.nn.functional.layer_norm
+from eloftr_kernels.dispatch import interpreting
 
+NORM_EPS = tl.constexpr(1e-5)  # of torch.nn.functional.layer_norm
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
+
+_ON_AMD = torch.version.hip is not None  # whose compiler asks for the sizes of tensors, too
 _FLOAT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def exp2(x, FLUSH: tl.constexpr):
+    """2^x; with FLUSH in one instruction of NVIDIA's GPUs, which gives zero below 2^-126."""
+    if FLUSH:
+        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.exp2(x)
+    return y
+
+
+@triton.jit
+def log2(x, FLUSH: tl.constexpr):
+    """The inverse of ``exp2``, as quick; -inf below 2^-126."""
+    if FLUSH:
+        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.log2(x)
+    return y
+
+
+def flushes() -> bool:
+    """Whether ``exp2`` and ``log2`` may use that instruction here: neither on AMD nor in the interpreter."""
+    return not _ON_AMD and not interpreting()
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -37,7 +70,6 @@ def blocks(size: int, block: int) -> int:
 _bound: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _MOST_BOUND = 4096
 _VALUES = frozenset((int, float, bool, type(None)))
-_ON_AMD = torch.version.hip is not None  # whose compiler asks for the sizes of tensors, too
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

@@ -17,6 +17,7 @@ KERNELS = {
         "_dual_softmax_lse_fwd",
         "_lse_reduce",
         "_dual_softmax_lse_bwd",
+        "_best_above_fwd",
         "_mutual_best_fwd",
         "_best_reduce",
     ],

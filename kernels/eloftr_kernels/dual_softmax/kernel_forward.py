@@ -14,6 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from eloftr_kernels.kernel_common import LN_2, LOG2_E, exp2, log2
+
+# Of a column in powers of two below the tile's maximum: what underflowed there is below rounding.
+LEAST_SUM = tl.constexpr(2.0**-96)
+
 
 @triton.jit
 def _load_features(x_ptr, index, size, first_channel, channels, stride_n, stride_c, BLOCK_C: tl.constexpr):
@@ -152,6 +157,19 @@ def _centre(
 
 
 @triton.jit
+def _load_tile(
+    x_ptr, index, size, first_channel, channels, stride_n, stride_c, BLOCK_C: tl.constexpr, EVEN: tl.constexpr
+):
+    """As ``_load_features``; with EVEN every row and every channel is there."""
+    if EVEN:
+        c = first_channel + tl.arange(0, BLOCK_C)
+        x = tl.load(x_ptr + index[:, None] * stride_n + c[None, :] * stride_c)
+    else:
+        x = _load_features(x_ptr, index, size, first_channel, channels, stride_n, stride_c, BLOCK_C)
+    return x
+
+
+@triton.jit
 def _dual_softmax_lse_fwd(
     f0_ptr,  # (B, L, C)
     f1_ptr,  # (B, S, C)
@@ -161,6 +179,7 @@ def _dual_softmax_lse_fwd(
     shift1_ptr,  # (B, S)
     row_ptr,  # (B, splits, L) log-sum-exp over one span of columns
     col_ptr,  # (B, tiles, S) log-sum-exp over one tile of rows
+    top_ptr,  # (B, S / BLOCK_S, L) largest score of every row in each tile of columns; or None
     stride_f0_b,
     stride_f0_l,
     stride_f0_c,
@@ -183,44 +202,75 @@ def _dual_softmax_lse_fwd(
     BLOCK_C: tl.constexpr,
     SPAN: tl.constexpr,
     WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
+    FLUSH: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Partial row and column log-sum-exps; grid (tiles * splits * B,): neighbours share their columns."""
+    """Partial row and column log-sum-exps; grid (tiles * splits * B,): neighbours share their columns.
+
+    Both directions share one exponential: with m_i the maximum of row i in a tile and m that of the tile, a column's
+    sum is sum_i e^(m_i - m) e^(s_ij - m_i). Where that underflows, far below the tile's maximum, columns get their own.
+    With EVEN all tiles of columns are whole.
+    """
     tile = tl.program_id(0) % tiles
     split = tl.program_id(0) // tiles % splits
     b = (tl.program_id(0) // tiles // splits).to(tl.int64)
+    f0_ptr += b * stride_f0_b
     f1_ptr += b * stride_f1_b
     if mask0_ptr is not None:
         mask0_ptr += b * stride_mask0_b
     if mask1_ptr is not None:
         mask1_ptr += b * stride_mask1_b
-    rows = first_row + tile * BLOCK_L + tl.arange(0, BLOCK_L)
-    f0_ptr += b * stride_f0_b
-    f0 = _load_features(f0_ptr, rows, L, 0, C, stride_f0_l, stride_f0_c, BLOCK_C).to(DOT)
-    valid0 = _load_valid(mask0_ptr, rows, L, stride_mask0_l)
     if shift0_ptr is not None:
         shift0_ptr += b * L
         shift1_ptr += b * S
+    rows = first_row + tile * BLOCK_L + tl.arange(0, BLOCK_L)
+    f0 = _load_features(f0_ptr, rows, L, 0, C, stride_f0_l, stride_f0_c, BLOCK_C).to(DOT)
+    valid0 = _load_valid(mask0_ptr, rows, L, stride_mask0_l)
     shift0 = _load_shift(shift0_ptr, rows, L)
     row_max = tl.full((BLOCK_L,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_L,), tl.float32)
     for start in range(split * SPAN, tl.minimum(split * SPAN + SPAN, S), BLOCK_S):
         columns = start + tl.arange(0, BLOCK_S)
         valid1 = _load_valid(mask1_ptr, columns, S, stride_mask1_s)
-        shift1 = _load_shift(shift1_ptr, columns, S)
-        scores, _ = _scores(
-            f0_ptr, f0, rows, L, stride_f0_l, stride_f0_c,
-            f1_ptr, columns, S, stride_f1_s, stride_f1_c,
-            C, valid0, valid1, shift0, shift1, scale, BLOCK_C, WHOLE, DOT, PRECISION,
-        )  # fmt: skip
-        along = tl.where((columns < S)[None, :], scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(along, 1))
-        row_sum = row_sum * tl.exp(row_max - new_max) + tl.sum(tl.exp(along - new_max[:, None]), 1)
+        if WHOLE:
+            f1 = _load_tile(f1_ptr, columns, S, 0, C, stride_f1_s, stride_f1_c, BLOCK_C, EVEN).to(DOT)
+            scores = tl.dot(f0, tl.trans(f1), input_precision=PRECISION)
+        else:
+            scores = tl.zeros((BLOCK_L, BLOCK_S), tl.float32)
+            for c in range(0, C, BLOCK_C):
+                x = _load_features(f0_ptr, rows, L, c, C, stride_f0_l, stride_f0_c, BLOCK_C).to(DOT)
+                y = _load_tile(f1_ptr, columns, S, c, C, stride_f1_s, stride_f1_c, BLOCK_C, EVEN).to(DOT)
+                scores = tl.dot(x, tl.trans(y), scores, input_precision=PRECISION)
+        if shift0_ptr is not None:
+            scores = scores + shift0[:, None] + _load_shift(shift1_ptr, columns, S)[None, :]
+        scores *= scale
+        if mask0_ptr is not None or mask1_ptr is not None:
+            scores = tl.where(valid0[:, None] & valid1[None, :], scores, -1e9)
+        if not EVEN:
+            scores = tl.where((columns < S)[None, :], scores, float("-inf"))
+        tops = tl.max(scores, 1)
+        if top_ptr is not None:
+            tl.store(top_ptr + (b * tl.cdiv(S, BLOCK_S) + start // BLOCK_S) * L + rows, tops, mask=rows < L)
+        new_max = tl.maximum(row_max, tops)
+        powers = exp2((scores - tops[:, None]) * LOG2_E, FLUSH)
+        row_sum *= exp2((row_max - new_max) * LOG2_E, FLUSH)
+        row_sum += exp2((tops - new_max) * LOG2_E, FLUSH) * tl.sum(powers, 1)
         row_max = new_max
-        down = tl.where((rows < L)[:, None], scores, float("-inf"))
-        col_max = tl.max(down, 0)
-        col_lse = col_max + tl.log(tl.sum(tl.exp(down - col_max[None, :]), 0))
+        tops = tl.where(rows < L, tops, float("-inf"))
+        top = tl.max(tops, 0)
+        sums = tl.sum(powers * exp2((tops - top) * LOG2_E, FLUSH)[:, None], 0)
+        col_lse = top + log2(tl.maximum(sums, LEAST_SUM), FLUSH) * LN_2
+        if tl.min(tl.where(valid1 & (columns < S), sums, 1.0), 0) < LEAST_SUM:
+            down = tl.where((rows < L)[:, None], scores, float("-inf"))
+            col_max = tl.max(down, 0)
+            sums = tl.sum(exp2((down - col_max[None, :]) * LOG2_E, FLUSH), 0)
+            col_lse = col_max + log2(sums, FLUSH) * LN_2
+        elif mask1_ptr is not None:
+            # Of a masked column all scores are alike.
+            everything = tl.minimum(L - first_row - tile * BLOCK_L, BLOCK_L).to(tl.float32)
+            col_lse = tl.where(valid1, col_lse, -1e9 + tl.log(everything))
         tl.store(col_ptr + (b * tiles + tile) * S + columns, col_lse, mask=columns < S)
     tl.store(row_ptr + (b * splits + split) * L + rows, row_max + tl.log(row_sum), mask=rows < L)
 

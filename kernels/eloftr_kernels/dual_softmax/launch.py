@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from eloftr_kernels import dispatch
 from eloftr_kernels.dispatch import dot_precision, rounds_below
-from eloftr_kernels.dual_softmax import kernel_backward, kernel_forward
-from eloftr_kernels.kernel_common import blocks, dot_dtype, launch, power_of_2
+from eloftr_kernels.dual_softmax import kernel_backward, kernel_forward, kernel_partners
+from eloftr_kernels.kernel_common import blocks, dot_dtype, flushes, launch, power_of_2
 
 ROWS_PER_LAUNCH = 1 << 15  # bounds the column workspace to S * ROWS_PER_LAUNCH / rows-of-a-tile elements
 LARGE = 160 * 1024  # bytes of shared memory that data-centre GPUs have
 SPAN = 512  # columns that one program of the forward walks over
+NO_PARTNER = 0x7FFFFFFF << 32  # above all that ``kernel_partners._ordered`` gives; its lower half is cell 0
+_PARTNER_ROWS = 16  # the fewest that a matrix product takes
 _REDUCE_BLOCK = 128
 _CENTRE_BLOCK = 32  # rows
 
@@ -44,7 +47,8 @@ def forward_tiles(dtype: torch.dtype, channels: int, shared: int) -> Tiles:
         return Tiles(64, 64, 64, 4, 2)
     if shared < LARGE:
         return Tiles(64 if whole > 128 else 128, 32, whole, 4, 2)
-    return Tiles(128, 64, whole, 8, 2) if whole > 128 else Tiles(64, 64, whole, 4, 2)
+    # Two programs share a multiprocessor: one multiplies while the other takes exponentials.
+    return Tiles(128, 32, whole, 8, 2) if whole > 128 else Tiles(64, 64, whole, 4, 2)
 
 
 def backward_tiles(dtype: torch.dtype, channels: int, shared: int) -> Tiles:
@@ -70,6 +74,14 @@ def forward_constants(tiles: Tiles, dtype: torch.dtype, channels: int) -> dict[s
         "DOT": dot_dtype(dtype),
         "PRECISION": dot_precision(dtype),
     }
+
+
+def lse_constants(tiles: Tiles, dtype: torch.dtype, channels: int, columns: int) -> dict[str, object]:
+    """Compile-time arguments of the kernel of the normalisers, in the order of its signature."""
+    constants = forward_constants(tiles, dtype, channels)
+    products = {name: constants.pop(name) for name in ("DOT", "PRECISION")}
+    even = channels % tiles.channels == 0 and columns % tiles.columns == 0
+    return {**constants, "EVEN": even, "FLUSH": flushes(), **products}
 
 
 def backward_constants(tiles: Tiles, dtype: torch.dtype, channels: int) -> dict[str, object]:
@@ -115,48 +127,79 @@ def dual_softmax_lse_forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward, products in ``dtype``; other arguments as in ``naive.dual_softmax_lse``."""
-    (B, L, C), S = features0.shape, features1.shape[1]
-    row_lse, col_lse = (
-        features0.new_empty((B, L), dtype=torch.float32),
-        features0.new_empty((B, S), dtype=torch.float32),
-    )
+    (B, L, _), S = features0.shape, features1.shape[1]
+    row_lse, col_lse = (features0.new_empty((B, n), dtype=torch.float32) for n in (L, S))
     if 0 in (B, L, S):
         return row_lse.fill_(-torch.inf), col_lse.fill_(-torch.inf)
     own, other = operands(features0, features1, mask0, mask1, dtype)
-    tiles = forward_tiles(dtype, C, room(features0.device))
-    constants = forward_constants(tiles, dtype, C)
+    _launch_lse(own, other, temperature, mask0, mask1, row_lse, col_lse, None, dtype)
+    return row_lse, col_lse
+
+
+def _launch_lse(
+    own: Operand,
+    other: Operand,
+    temperature: float,
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    tops: Tensor | None,  # (B, tiles of columns, L)
+    dtype: torch.dtype,
+) -> None:
+    """Write the normalisers, and where wanted the largest score of every row in each tile of columns."""
+    (B, L, C), S = own.features.shape, other.features.shape[1]
+    tiles = forward_tiles(dtype, C, room(own.features.device))
+    constants = lse_constants(tiles, dtype, C, S)
     splits = blocks(S, SPAN)
     row_parts = row_lse.new_empty((B, splits, L))
     for first_row in range(0, L, ROWS_PER_LAUNCH):
         row_tiles = blocks(min(ROWS_PER_LAUNCH, L - first_row), tiles.rows)
         col_parts = row_lse.new_empty((B, row_tiles, S))
         launch(kernel_forward._dual_softmax_lse_fwd, (row_tiles * splits * B,),
-            own.features, other.features, mask0, mask1, own.shift, other.shift, row_parts, col_parts,
+            own.features, other.features, mask0, mask1, own.shift, other.shift, row_parts, col_parts, tops,
             *_strides(own.features, other.features, mask0, mask1),
             L, S, C, first_row, row_tiles, splits, 1 / temperature,
             **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-        launch(
-            kernel_forward._lse_reduce,
-            (blocks(S, _REDUCE_BLOCK) * B,),
-            col_parts,
-            col_lse,
-            row_tiles,
-            S,
-            ACCUMULATE=first_row > 0,
-            BLOCK=_REDUCE_BLOCK,
-        )
-    launch(
-        kernel_forward._lse_reduce,
-        (blocks(L, _REDUCE_BLOCK) * B,),
-        row_parts,
-        row_lse,
-        splits,
-        L,
-        ACCUMULATE=False,
-        BLOCK=_REDUCE_BLOCK,
-    )
-    return row_lse, col_lse
+        _reduce(col_parts, col_lse, accumulate=first_row > 0)
+    _reduce(row_parts, row_lse)
+
+
+def _reduce(parts: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """(B, parts, N) -> (B, N) log-sum-exp."""
+    B, count, N = parts.shape
+    grid = (blocks(N, _REDUCE_BLOCK) * B,)
+    constants = {"ACCUMULATE": accumulate, "BLOCK": _REDUCE_BLOCK}
+    launch(kernel_forward._lse_reduce, grid, parts, out, count, N, **constants)
+
+
+def dual_softmax_best_forward(
+    features0: Tensor,
+    features1: Tensor,
+    temperature: float,
+    threshold: float,
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch one pass for normalisers and partners, products in ``dtype``; as ``one_pass.dual_softmax_best``."""
+    (B, L, C), S = features0.shape, features1.shape[1]
+    row_lse, col_lse, score1 = (features0.new_empty((B, n), dtype=torch.float32) for n in (L, S, L))
+    best1 = features0.new_empty((B, L), dtype=torch.int64)
+    best0 = features0.new_full((B, S), NO_PARTNER, dtype=torch.int64)
+    own, other = operands(features0, features1, mask0, mask1, dtype)
+    group = forward_tiles(dtype, C, room(features0.device)).columns
+    tops = row_lse.new_empty((B, blocks(S, group), L))
+    _launch_lse(own, other, temperature, mask0, mask1, row_lse, col_lse, tops, dtype)
+    launch(kernel_partners._best_above_fwd, (blocks(L, _PARTNER_ROWS), B),
+        own.features, other.features, mask0, mask1, own.shift, other.shift, row_lse, col_lse, tops,
+        best1, score1, best0, *_strides(own.features, other.features, mask0, mask1),
+        L, S, C, 1 / temperature, math.log(threshold),
+        GROUP=group, BLOCK_L=_PARTNER_ROWS, BLOCK_G=64, BLOCK_C=min(128, power_of_2(C)),
+        DOT=dot_dtype(dtype), PRECISION=dot_precision(dtype), num_warps=2, num_stages=2,
+    )  # fmt: skip
+    return row_lse, col_lse, best1, best0.bitwise_and_(0xFFFFFFFF), score1
 
 
 def dual_softmax_lse_backward(

@@ -24,6 +24,10 @@ from eloftr_kernels.dispatch import (
 from eloftr_kernels.dual_softmax import cpu, naive, one_pass
 from eloftr_kernels.registration import differentiable, operator
 
+# Of one pass in Triton. Below it a cell may have many pairs, which are weighed one group of columns after the other.
+_LEAST_THRESHOLD = 0.02
+_MOST_PAIRS = 2**31  # it keeps one number for 32 of them: 256 MB
+
 
 def dual_softmax_lse(
     features0: Tensor,  # (B, L, C)
@@ -134,9 +138,10 @@ def dual_softmax_best(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     r"""Normalisers, and the best partner of every cell that has one with a confidence above ``threshold``.
 
-    What :func:`dual_softmax_lse` and :func:`mutual_best` give, for callers who drop pairs below a threshold anyway:
-    on a CPU, with no gradient asked for, a single pass over the scores finds both
-    (:func:`eloftr_kernels.dual_softmax.one_pass.dual_softmax_best` says why that is exact). Otherwise it is the two.
+    What :func:`dual_softmax_lse` and :func:`mutual_best` give, for callers who drop pairs below a threshold anyway.
+    A single pass over the scores finds both: on a CPU with no gradient asked for, and in Triton from a threshold of
+    0.02 and up to 2^31 pairs of cells; :func:`eloftr_kernels.dual_softmax.one_pass.dual_softmax_best` says why that is
+    exact. Otherwise it is the two.
 
     Convention:
         Best partners as :func:`mutual_best`. Of a cell that has no pair above the threshold they are not defined, but
@@ -158,13 +163,13 @@ def dual_softmax_best(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`dual_softmax_lse`.
     """
-    _check(features0, features1, temperature, mask0, mask1)
-    if (
-        is_cpu_inference(features0)
-        and threshold > 0
-        and 0 not in (features0.shape[1], features1.shape[1])
-        and not use_triton("dual_softmax_best", why_not(features0, features1, mask0, mask1))
-    ):
+    tensors = features0, features1, mask0, mask1
+    dtype, triton = _decide(tensors, "dual_softmax_best", temperature, product_dtype)
+    B, L, S = *features0.shape[:2], features1.shape[1]
+    if triton and threshold >= _LEAST_THRESHOLD and 0 < B * L * S <= _MOST_PAIRS:
+        *found, score1 = _one_pass_op(features0, features1, temperature, threshold, mask0, mask1, dtype)
+        return *found, score1.detach()
+    if not triton and is_cpu_inference(features0) and threshold > 0 and 0 not in (L, S):
         return one_pass.dual_softmax_best(features0, features1, temperature, threshold, mask0, mask1)
     lse = dual_softmax_lse(features0, features1, temperature, mask0, mask1, product_dtype)
     return *lse, *mutual_best(features0, features1, temperature, *lse, mask0, mask1, product_dtype)
@@ -306,6 +311,38 @@ def _best_op(
     from eloftr_kernels.dual_softmax import launch
 
     return launch.mutual_best_forward(features0, features1, temperature, row_lse, col_lse, mask0, mask1, dtype)
+
+
+def _one_pass_fake(features0: Tensor, features1: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    best1, best0, score1 = _best_fake(features0, features1)
+    return *_lse_fake(features0, features1), best1, best0, score1
+
+
+@operator("eloftr::dual_softmax_best", fake=_one_pass_fake)
+def _one_pass_op(
+    features0: Tensor,
+    features1: Tensor,
+    temperature: float,
+    threshold: float,
+    mask0: Tensor | None,
+    mask1: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from eloftr_kernels.dual_softmax import launch
+
+    return launch.dual_softmax_best_forward(features0, features1, temperature, threshold, mask0, mask1, dtype)
+
+
+def _one_pass_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features0, features1, temperature, _, *rest = inputs
+    _lse_save(ctx, (features0, features1, temperature, *rest), (output[0], output[1]))
+
+
+def _one_pass_gradients(ctx: Any, grad_row: Tensor, grad_col: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return *_lse_gradients(ctx, grad_row, grad_col), None
+
+
+differentiable(_one_pass_op, save=_one_pass_save, backward=_one_pass_gradients)
 
 
 @once_per_signature
