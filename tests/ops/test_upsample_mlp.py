@@ -112,7 +112,7 @@ def test_kernels_are_as_accurate_as_pytorch(name: str, dtype: torch.dtype) -> No
 
 def test_the_large_tile_of_gpus_with_much_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eloftr_kernels.dispatch.shared_memory", lambda device: 1 << 18)
-    check_kernel(make(size=(9, 10), batch=1, channels=16, masked=True), torch.float16)  # 90 cells: tiles of 64
+    check_kernel(make(size=(9, 10), batch=1, channels=16, masked=True), torch.float16)  # tiles of 64 and 128 cells
 
 
 @pytest.mark.parametrize("layout", ["channels last", "sliced"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels that find the best partners in what the pass over the scores left; ``one_pass.py`` says why that is exact."""
+"""Kernels of the best partners: from what the normalisers' pass left (``one_pass.py``), or in a pass of their own."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from eloftr_kernels.dual_softmax.kernel_forward import _load_features, _load_shift
+from eloftr_kernels.dual_softmax.kernel_forward import _load_features, _load_shift, _load_valid, _scores
 
 # Of a logarithm, absolute and relative: far above rounding.
 SLACK = tl.constexpr(1e-2)
@@ -114,3 +114,120 @@ def _best_above_fwd(
             next_group = tl.min(wanted, 0)
     tl.store(index_ptr + b * L + rows, best_index.to(tl.int64), mask=rows < L)
     tl.store(score_ptr + b * L + rows, best, mask=rows < L)
+
+
+@triton.jit
+def _mutual_best_fwd(
+    f0_ptr,  # (B, L, C)
+    f1_ptr,  # (B, S, C)
+    mask0_ptr,
+    mask1_ptr,
+    shift0_ptr,
+    shift1_ptr,
+    row_lse_ptr,  # (B, L) or None: the raw score decides
+    col_lse_ptr,  # (B, S) or None
+    row_score_ptr,  # (B, splits, L) best over one span of columns
+    row_index_ptr,  # (B, splits, L) int32
+    col_score_ptr,  # (B, tiles, S) best over one tile of rows
+    col_index_ptr,  # (B, tiles, S) int32
+    stride_f0_b,
+    stride_f0_l,
+    stride_f0_c,
+    stride_f1_b,
+    stride_f1_s,
+    stride_f1_c,
+    stride_mask0_b,
+    stride_mask0_l,
+    stride_mask1_b,
+    stride_mask1_s,
+    L,
+    S,
+    C,
+    first_row,
+    tiles,
+    splits,
+    scale,
+    BLOCK_L: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SPAN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial row and column arg-maxes, lowest index on ties; grid as in ``_dual_softmax_lse_fwd``."""
+    tile = tl.program_id(0) % tiles
+    split = tl.program_id(0) // tiles % splits
+    b = (tl.program_id(0) // tiles // splits).to(tl.int64)
+    f1_ptr += b * stride_f1_b
+    if mask0_ptr is not None:
+        mask0_ptr += b * stride_mask0_b
+    if mask1_ptr is not None:
+        mask1_ptr += b * stride_mask1_b
+    rows = first_row + tile * BLOCK_L + tl.arange(0, BLOCK_L)
+    f0_ptr += b * stride_f0_b
+    f0 = _load_features(f0_ptr, rows, L, 0, C, stride_f0_l, stride_f0_c, BLOCK_C).to(DOT)
+    valid0 = _load_valid(mask0_ptr, rows, L, stride_mask0_l)
+    if shift0_ptr is not None:
+        shift0_ptr += b * L
+        shift1_ptr += b * S
+    shift0 = _load_shift(shift0_ptr, rows, L)
+    if row_lse_ptr is not None:
+        row_lse = tl.load(row_lse_ptr + b * L + rows, mask=rows < L, other=0.0)
+    best = tl.full((BLOCK_L,), float("-inf"), tl.float32)
+    best_index = tl.zeros((BLOCK_L,), tl.int32)
+    for start in range(split * SPAN, tl.minimum(split * SPAN + SPAN, S), BLOCK_S):
+        columns = start + tl.arange(0, BLOCK_S)
+        valid1 = _load_valid(mask1_ptr, columns, S, stride_mask1_s)
+        shift1 = _load_shift(shift1_ptr, columns, S)
+        scores, _ = _scores(
+            f0_ptr, f0, rows, L, stride_f0_l, stride_f0_c,
+            f1_ptr, columns, S, stride_f1_s, stride_f1_c,
+            C, valid0, valid1, shift0, shift1, scale, BLOCK_C, WHOLE, DOT, PRECISION,
+        )  # fmt: skip
+        if row_lse_ptr is not None:
+            col_lse = tl.load(col_lse_ptr + b * S + columns, mask=columns < S, other=0.0)
+            scores = 2 * scores - row_lse[:, None] - col_lse[None, :]
+        along = tl.where((columns < S)[None, :], scores, float("-inf"))
+        value, index = tl.max(along, 1, return_indices=True, return_indices_tie_break_left=True)
+        best_index = tl.where(value > best, index + start, best_index)
+        best = tl.maximum(best, value)
+        down = tl.where((rows < L)[:, None], scores, float("-inf"))
+        value, index = tl.max(down, 0, return_indices=True, return_indices_tie_break_left=True)
+        offsets = (b * tiles + tile) * S + columns
+        tl.store(col_score_ptr + offsets, value, mask=columns < S)
+        tl.store(col_index_ptr + offsets, index + first_row + tile * BLOCK_L, mask=columns < S)
+    offsets = (b * splits + split) * L + rows
+    tl.store(row_score_ptr + offsets, best, mask=rows < L)
+    tl.store(row_index_ptr + offsets, best_index, mask=rows < L)
+
+
+@triton.jit
+def _best_reduce(
+    part_score_ptr,
+    part_index_ptr,
+    score_ptr,
+    index_ptr,
+    parts,
+    N,
+    ACCUMULATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(B, parts, N) -> (B, N) arg-max; parts come in order of index: the first of equals wins."""
+    blocks = tl.cdiv(N, BLOCK)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = n < N
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    best_index = tl.zeros((BLOCK,), tl.int64)
+    if ACCUMULATE:
+        best = tl.load(score_ptr + b * N + n, mask=inside, other=0.0)
+        best_index = tl.load(index_ptr + b * N + n, mask=inside, other=0)
+    for part in range(parts):
+        offsets = (b * parts + part) * N + n
+        value = tl.load(part_score_ptr + offsets, mask=inside, other=0.0)
+        index = tl.load(part_index_ptr + offsets, mask=inside, other=0).to(tl.int64)
+        best_index = tl.where(value > best, index, best_index)
+        best = tl.maximum(best, value)
+    tl.store(score_ptr + b * N + n, best, mask=inside)
+    tl.store(index_ptr + b * N + n, best_index, mask=inside)

@@ -267,14 +267,14 @@ def mutual_best_forward(
     for first_row in range(0, L, ROWS_PER_LAUNCH):
         row_tiles = blocks(min(ROWS_PER_LAUNCH, L - first_row), tiles.rows)
         col_parts = score1.new_empty((B, row_tiles, S)), best1.new_empty((B, row_tiles, S), dtype=torch.int32)
-        launch(kernel_forward._mutual_best_fwd, (row_tiles * splits * B,),
+        launch(kernel_partners._mutual_best_fwd, (row_tiles * splits * B,),
             own.features, other.features, mask0, mask1, own.shift, other.shift, row_lse, col_lse, *row_parts,
             *col_parts, *_strides(own.features, other.features, mask0, mask1),
             L, S, C, first_row, row_tiles, splits, 1 / temperature,
             **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
         launch(
-            kernel_forward._best_reduce,
+            kernel_partners._best_reduce,
             (blocks(S, _REDUCE_BLOCK) * B,),
             *col_parts,
             score0,
@@ -285,7 +285,7 @@ def mutual_best_forward(
             BLOCK=_REDUCE_BLOCK,
         )
     launch(
-        kernel_forward._best_reduce,
+        kernel_partners._best_reduce,
         (blocks(L, _REDUCE_BLOCK) * B,),
         *row_parts,
         score1,

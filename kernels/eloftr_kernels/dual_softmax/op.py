@@ -289,12 +289,8 @@ differentiable(_lse_op, save=_lse_save, backward=_lse_gradients)
 
 
 def _best_fake(features0: Tensor, features1: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    cells0, cells1 = features0.shape[:2], features1.shape[:2]
-    return (
-        features0.new_empty(cells0, dtype=torch.int64),
-        features1.new_empty(cells1, dtype=torch.int64),
-        features0.new_empty(cells0, dtype=torch.float32),
-    )
+    best1, best0 = (f.new_empty(f.shape[:2], dtype=torch.int64) for f in (features0, features1))
+    return best1, best0, features0.new_empty(features0.shape[:2], dtype=torch.float32)
 
 
 @operator("eloftr::mutual_best", fake=_best_fake)

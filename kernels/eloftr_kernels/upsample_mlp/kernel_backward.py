@@ -11,11 +11,13 @@ from eloftr_kernels.upsample_mlp.kernel_forward import (
     REACH,
     SIDE,
     SLOPE,
-    _corners,
+    _halves,
     _own,
+    _positions,
     _standardise,
     _taps,
     _update,
+    _upsampling,
 )
 
 
@@ -24,8 +26,8 @@ def _update_bwd(
     grad_ptr, x_ptr, coarse_ptr, common_ptr, expand_ptr, contract_ptr, norm_weight_ptr, mask_ptr, valid_ptr,
     grad_update_ptr, active_ptr, share_ptr, norm_partial_ptr,
     H, W, grad_stride_b, grad_stride_c, grad_stride_y, grad_stride_x, x_stride_b, x_stride_c, x_stride_y, x_stride_x,
-    C: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_U: tl.constexpr,
-    PRECISION: tl.constexpr,
+    C: tl.constexpr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_U: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Recomputes the activations and goes back through LayerNorm: stores the gradient of what it normalised.
 
@@ -34,38 +36,57 @@ def _update_bwd(
     """
     sample = tl.program_id(1)
     tokens = (H + SIDE - 1) // SIDE * ((W + SIDE - 1) // SIDE)
-    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    position_in = position < H * W
+    row, column, position_in = _positions(H, W, ROWS, COLUMNS)
+    flat = row * W + column
     channel = tl.arange(0, BLOCK_C)
     wanted = position_in[:, None] & (channel < C)[None, :]
-    row, column = position // W, position % W
-    t0, t1, t2, t3, w0, w1, w2, w3, share = _corners(
-        position, position_in, valid_ptr + sample * tokens, H, W, HAS_MASK
+    token, there, weights, share = _upsampling(
+        row, column, valid_ptr + sample * tokens, H, W, HAS_MASK, ROWS, COLUMNS, BLOCK_T
     )  # fmt: skip
     at = sample * x_stride_b + row * x_stride_y + column * x_stride_x
     x = tl.load(x_ptr + at[:, None] + channel[None, :] * x_stride_c, mask=wanted, other=0.0)
     update = _update(
         _own(x, common_ptr, sample, channel, C).to(expand_ptr.dtype.element_ty),
         expand_ptr, contract_ptr, coarse_ptr + sample * tokens * 2 * C,
-        active_ptr + sample * H * W * 2 * C, t0, t1, t2, t3, w0, w1, w2, w3, position, position_in, channel,
-        C, True, BLOCK_P, BLOCK_C, BLOCK_U, PRECISION,
+        active_ptr + sample * H * W * 2 * C, token, there, weights, share, flat, position_in, channel,
+        C, HAS_MASK, True, ROWS * COLUMNS, BLOCK_C, BLOCK_U, PRECISION,
     )  # fmt: skip
     standard, inverse = _standardise(update, channel, C)
     kept = position_in
     if HAS_MASK:
-        kept &= tl.load(mask_ptr + sample * H * W + position, mask=position_in, other=0) != 0
-        tl.store(share_ptr + sample * H * W + position, share, mask=position_in)
-    at = sample * grad_stride_b + row * grad_stride_y + column * grad_stride_x
-    at = grad_ptr + at[:, None] + channel[None, :] * grad_stride_c
-    grad = tl.load(at, mask=wanted & kept[:, None], other=0.0).to(tl.float32)
-    part = norm_partial_ptr + (sample * tl.num_programs(0) + tl.program_id(0)) * 2 * C + channel
-    tl.store(part, tl.sum(grad * standard, 0), mask=channel < C)
-    tl.store(part + C, tl.sum(grad, 0), mask=channel < C)
-    slope = grad * tl.load(norm_weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
-    along = tl.sum(slope * standard, 1) / C
-    slope = inverse[:, None] * (slope - tl.sum(slope, 1)[:, None] / C - standard * along[:, None])
-    to = grad_update_ptr + (sample * H * W + position)[:, None] * C + channel[None, :]
-    tl.store(to, slope.to(grad_update_ptr.dtype.element_ty), mask=wanted)
+        kept &= tl.load(mask_ptr + sample * H * W + flat, mask=position_in, other=0) != 0
+        tl.store(share_ptr + sample * H * W + flat, share, mask=position_in)
+    at = grad_ptr + sample * grad_stride_b + row * grad_stride_y + column * grad_stride_x
+    part = norm_partial_ptr + (sample * tl.num_programs(0) + tl.program_id(0)) * 2 * C
+    # One half of the channels after the other takes fewer registers.
+    standard0, standard1 = _halves(standard, ROWS * COLUMNS, BLOCK_C)
+    channel0 = tl.arange(0, BLOCK_C // 2)
+    channel1 = channel0 + BLOCK_C // 2
+    slope0 = _norm_bwd(at, kept, standard0, norm_weight_ptr, part, channel0, grad_stride_c, C)
+    slope1 = _norm_bwd(at, kept, standard1, norm_weight_ptr, part, channel1, grad_stride_c, C)
+    mean = (tl.sum(slope0, 1) + tl.sum(slope1, 1)) / C
+    along = (tl.sum(slope0 * standard0, 1) + tl.sum(slope1 * standard1, 1)) / C
+    slope0 = inverse[:, None] * (slope0 - mean[:, None] - standard0 * along[:, None])
+    slope1 = inverse[:, None] * (slope1 - mean[:, None] - standard1 * along[:, None])
+    to = grad_update_ptr + (sample * H * W + flat) * C
+    there = position_in[:, None]
+    tl.store(to[:, None] + channel0[None, :], slope0.to(grad_update_ptr.dtype.element_ty),
+             mask=there & (channel0 < C)[None, :])  # fmt: skip
+    tl.store(to[:, None] + channel1[None, :], slope1.to(grad_update_ptr.dtype.element_ty),
+             mask=there & (channel1 < C)[None, :])  # fmt: skip
+
+
+@triton.jit
+def _norm_bwd(
+    grad_ptr, kept, standard, norm_weight_ptr, norm_partial_ptr, channel, grad_stride_c, C: tl.constexpr
+):  # fmt: skip
+    """Stores the tile's gradients of LayerNorm's affine part; returns that of what it scales, (P, C)."""
+    real = channel < C
+    at = grad_ptr[:, None] + channel[None, :] * grad_stride_c
+    grad = tl.load(at, mask=kept[:, None] & real[None, :], other=0.0).to(tl.float32)
+    tl.store(norm_partial_ptr + channel, tl.sum(grad * standard, 0), mask=real)
+    tl.store(norm_partial_ptr + C + channel, tl.sum(grad, 0), mask=real)
+    return grad * tl.load(norm_weight_ptr + channel, mask=real, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit

@@ -31,70 +31,88 @@ def _taps(at, size):
 
 
 @triton.jit
-def _corners(position, position_in, valid_ptr, H, W, HAS_MASK: tl.constexpr):
-    """The four tokens of each position, their weights (of valid tokens, summing to one), and the weights' sum."""
-    rows, columns = (H + SIDE - 1) // SIDE, (W + SIDE - 1) // SIDE
-    top, bottom, down = _taps(position // W, rows)
-    left, right, across = _taps(position % W, columns)
-    t0, t1, t2, t3 = (
-        top * columns + left,
-        top * columns + right,
-        bottom * columns + left,
-        bottom * columns + right,
-    )
-    w0, w1, w2, w3 = (1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across
-    share = w0 + w1 + w2 + w3
-    if HAS_MASK:
-        w0 = tl.where(tl.load(valid_ptr + t0, mask=position_in, other=0) != 0, w0, 0.0)
-        w1 = tl.where(tl.load(valid_ptr + t1, mask=position_in, other=0) != 0, w1, 0.0)
-        w2 = tl.where(tl.load(valid_ptr + t2, mask=position_in, other=0) != 0, w2, 0.0)
-        w3 = tl.where(tl.load(valid_ptr + t3, mask=position_in, other=0) != 0, w3, 0.0)
-        share = tl.maximum(w0 + w1 + w2 + w3, MIN_SHARE)
-        w0, w1, w2, w3 = w0 / share, w1 / share, w2 / share, w3 / share
-    return t0, t1, t2, t3, w0, w1, w2, w3, share
+def _positions(H, W, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The program's tile of cells: rows and columns in the map, and which of them are there."""
+    at, tiles = tl.arange(0, ROWS * COLUMNS), tl.cdiv(W, COLUMNS)
+    y = tl.program_id(0) // tiles * ROWS + at // COLUMNS
+    x = tl.program_id(0) % tiles * COLUMNS + at % COLUMNS
+    return y, x, (y < H) & (x < W)
 
 
 @triton.jit
-def _tap(coarse_ptr, token, weight, unit, wanted, C: tl.constexpr):
-    value = tl.load(coarse_ptr + token[:, None] * (2 * C) + unit[None, :], mask=wanted, other=0.0)
-    return value.to(tl.float32) * weight[:, None]
+def _upsampling(y, x, valid_ptr, H, W, HAS_MASK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                BLOCK_T: tl.constexpr):  # fmt: skip
+    """``up_4`` of a tile as a matrix: tokens around it (T,), weights (P, T), and the sum of valid tokens' weights (P,).
+
+    Weights are 64ths, exact in every type; with a mask what they give is to be divided by the sums.
+    """
+    rows, columns = (H + SIDE - 1) // SIDE, (W + SIDE - 1) // SIDE
+    slot, tiles = tl.arange(0, BLOCK_T), tl.cdiv(W, COLUMNS)
+    across: tl.constexpr = COLUMNS // SIDE + 2
+    token_y = tl.program_id(0) // tiles * (ROWS // SIDE) - 1 + slot // across
+    token_x = tl.program_id(0) % tiles * (COLUMNS // SIDE) - 1 + slot % across
+    there = (slot < across * (ROWS // SIDE + 2)) & (token_y >= 0) & (token_y < rows)
+    there &= (token_x >= 0) & (token_x < columns)
+    token = tl.where(there, token_y * columns + token_x, 0)
+    weights = _shares(y, token_y, rows) * _shares(x, token_x, columns)
+    weights = tl.where(there[None, :], weights, 0.0)
+    share = tl.full((ROWS * COLUMNS,), 1.0, tl.float32)
+    if HAS_MASK:
+        weights = tl.where((tl.load(valid_ptr + token) != 0)[None, :], weights, 0.0)
+        share = tl.maximum(tl.sum(weights, 1), MIN_SHARE)
+    return token, there, weights, share
+
+
+@triton.jit
+def _shares(at, token, size):
+    """(P, T) share of each token's row or column in the interpolation at each cell's."""
+    low, high, of_high = _taps(at, size)
+    return tl.where(low[:, None] == token[None, :], 1 - of_high[:, None], 0.0) + tl.where(
+        high[:, None] == token[None, :], of_high[:, None], 0.0
+    )
 
 
 @triton.jit
 def _hidden(
-    x, expand_ptr, coarse_ptr, t0, t1, t2, t3, w0, w1, w2, w3, position_in, channel, unit,
-    C: tl.constexpr, PRECISION: tl.constexpr,
+    x, expand_ptr, coarse_ptr, token, there, weights, inverse, channel, unit,
+    C: tl.constexpr, HAS_MASK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of hidden units before the nonlinearity: W1x x + up_4(W1m m), (P, U) float32."""
-    real = (channel < C)[:, None] & (unit < 2 * C)[None, :]
-    weight = tl.load(expand_ptr + unit[None, :] * (2 * C) + channel[:, None], mask=real, other=0.0)
-    wanted = position_in[:, None] & (unit < 2 * C)[None, :]
-    hidden = tl.dot(x, weight, input_precision=PRECISION)
-    hidden += _tap(coarse_ptr, t0, w0, unit, wanted, C)
-    hidden += _tap(coarse_ptr, t1, w1, unit, wanted, C)
-    hidden += _tap(coarse_ptr, t2, w2, unit, wanted, C)
-    hidden += _tap(coarse_ptr, t3, w3, unit, wanted, C)
-    return hidden
+    at = expand_ptr + unit[None, :] * (2 * C) + channel[:, None]
+    near = coarse_ptr + token[:, None] * (2 * C) + unit[None, :]
+    if EVEN:
+        weight, coarse = tl.load(at), tl.load(near, mask=there[:, None], other=0.0)
+    else:
+        real = (unit < 2 * C)[None, :]
+        weight = tl.load(at, mask=(channel < C)[:, None] & real, other=0.0)
+        coarse = tl.load(near, mask=there[:, None] & real, other=0.0)
+    hidden = tl.dot(weights, coarse, input_precision=PRECISION)
+    if HAS_MASK:
+        hidden *= inverse[:, None]
+    return tl.dot(x, weight, hidden, input_precision=PRECISION)
 
 
 @triton.jit
 def _update(
-    x, expand_ptr, contract_ptr, coarse_ptr, active_ptr, t0, t1, t2, t3, w0, w1, w2, w3, position, position_in, channel,
-    C: tl.constexpr, KEEP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_U: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, expand_ptr, contract_ptr, coarse_ptr, active_ptr, token, there, weights, share, flat, position_in, channel,
+    C: tl.constexpr, HAS_MASK: tl.constexpr, KEEP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_U: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W2 LeakyReLU(hidden) before normalisation, (P, C) float32; stores the activations when asked to KEEP them."""
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    weights, inverse = weights.to(x.dtype), 1 / share
+    even: tl.constexpr = C == BLOCK_C and 2 * C % BLOCK_U == 0
     for first in range(0, 2 * C, BLOCK_U):
         unit = first + tl.arange(0, BLOCK_U)
-        hidden = _hidden(x, expand_ptr, coarse_ptr, t0, t1, t2, t3, w0, w1, w2, w3, position_in, channel, unit, C,
+        hidden = _hidden(x, expand_ptr, coarse_ptr, token, there, weights, inverse, channel, unit, C, HAS_MASK, even,
                          PRECISION)  # fmt: skip
-        active = tl.where(hidden > 0, hidden, SLOPE * hidden).to(contract_ptr.dtype.element_ty)
+        active = tl.maximum(hidden, SLOPE * hidden).to(contract_ptr.dtype.element_ty)
         if KEEP:
-            to = active_ptr + position[:, None] * (2 * C) + unit[None, :]
+            to = active_ptr + flat[:, None] * (2 * C) + unit[None, :]
             tl.store(to, active, mask=position_in[:, None] & (unit < 2 * C)[None, :])
-        real = (unit < 2 * C)[:, None] & (channel < C)[None, :]
-        weight = tl.load(contract_ptr + channel[None, :] * (2 * C) + unit[:, None], mask=real, other=0.0)
+        at = contract_ptr + channel[None, :] * (2 * C) + unit[:, None]
+        real = None if even else (unit < 2 * C)[:, None] & (channel < C)[None, :]
+        weight = tl.load(at, mask=real, other=None if even else 0.0)
         total = tl.dot(active, weight, total, input_precision=PRECISION)
     return total
 
@@ -119,11 +137,31 @@ def _standardise(update, channel, C: tl.constexpr):
 
 
 @triton.jit
+def _halves(x, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(P, C) -> the first and the second half of its channels."""
+    return tl.split(tl.permute(tl.reshape(x, (BLOCK_P, 2, BLOCK_C // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish(
+    standard, x_ptr, y_ptr, norm_weight_ptr, norm_bias_ptr, keep, position_in, channel, x_stride_c, C: tl.constexpr
+):  # fmt: skip
+    """Adds the affine part of LayerNorm and the residual, which is read again: kept, it would occupy registers."""
+    real = channel < C
+    scale = tl.load(norm_weight_ptr + channel, mask=real, other=0.0).to(tl.float32)
+    shift = tl.load(norm_bias_ptr + channel, mask=real, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr[:, None] + (channel * x_stride_c)[None, :], mask=keep[:, None] & real[None, :], other=0.0)
+    y = tl.where(keep[:, None], x.to(tl.float32) + standard * scale[None, :] + shift[None, :], 0.0)
+    at = y_ptr[:, None] + channel[None, :]
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=position_in[:, None] & real[None, :])
+
+
+@triton.jit
 def _upsample_mlp_fwd(
     x_ptr, coarse_ptr, common_ptr, expand_ptr, contract_ptr, norm_weight_ptr, norm_bias_ptr, mask_ptr, valid_ptr, y_ptr,
     H, W, x_stride_b, x_stride_c, x_stride_y, x_stride_x,
-    C: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_U: tl.constexpr,
-    PRECISION: tl.constexpr,
+    C: tl.constexpr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_U: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes y = x + LN(W2 LeakyReLU(W1x (x - common) + up_4(coarse))); masked cells are zero.
 
@@ -134,28 +172,29 @@ def _upsample_mlp_fwd(
     """
     sample = tl.program_id(1)
     tokens = (H + SIDE - 1) // SIDE * ((W + SIDE - 1) // SIDE)
-    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    position_in = position < H * W
+    row, column, position_in = _positions(H, W, ROWS, COLUMNS)
+    flat = row * W + column
     channel = tl.arange(0, BLOCK_C)
     wanted = position_in[:, None] & (channel < C)[None, :]
-    row = sample * x_stride_b + position // W * x_stride_y + position % W * x_stride_x
-    at = x_ptr + row[:, None] + channel[None, :] * x_stride_c
-    t0, t1, t2, t3, w0, w1, w2, w3, _ = _corners(position, position_in, valid_ptr + sample * tokens, H, W, HAS_MASK)
-    x = tl.load(at, mask=wanted, other=0.0)
+    place = sample * x_stride_b + row * x_stride_y + column * x_stride_x
+    x = tl.load(x_ptr + place[:, None] + channel[None, :] * x_stride_c, mask=wanted, other=0.0)
+    token, there, weights, share = _upsampling(
+        row, column, valid_ptr + sample * tokens, H, W, HAS_MASK, ROWS, COLUMNS, BLOCK_T
+    )  # fmt: skip
     update = _update(
         _own(x, common_ptr, sample, channel, C).to(expand_ptr.dtype.element_ty),
-        expand_ptr, contract_ptr, coarse_ptr + sample * tokens * 2 * C, y_ptr, t0, t1, t2, t3, w0, w1, w2, w3,
-        position, position_in, channel, C, False, BLOCK_P, BLOCK_C, BLOCK_U, PRECISION,
+        expand_ptr, contract_ptr, coarse_ptr + sample * tokens * 2 * C, y_ptr, token, there, weights, share,
+        flat, position_in, channel, C, HAS_MASK, False, ROWS * COLUMNS, BLOCK_C, BLOCK_U, PRECISION,
     )  # fmt: skip
     standard, _ = _standardise(update, channel, C)
-    scale = tl.load(norm_weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
-    shift = tl.load(norm_bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
-    # The residual is read again, from the cache: kept, it would occupy registers through the loop. So would its
-    # addresses, which are therefore added up in another order.
-    again = (x_ptr + channel * x_stride_c)[None, :] + row[:, None]
-    y = tl.load(again, mask=wanted, other=0.0).to(tl.float32) + standard * scale[None, :] + shift[None, :]
+    keep = position_in
     if HAS_MASK:
-        keep = tl.load(mask_ptr + sample * H * W + position, mask=position_in, other=0) != 0
-        y = tl.where(keep[:, None], y, 0.0)
-    out = y_ptr + sample * H * W * C + position[:, None] * C + channel[None, :]
-    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=wanted)
+        keep &= tl.load(mask_ptr + sample * H * W + flat, mask=position_in, other=0) != 0
+    # One half of the channels after the other takes fewer registers.
+    first, second = _halves(standard, ROWS * COLUMNS, BLOCK_C)
+    channel = tl.arange(0, BLOCK_C // 2)
+    x_ptr += place
+    y_ptr += (sample * H * W + flat) * C
+    _finish(first, x_ptr, y_ptr, norm_weight_ptr, norm_bias_ptr, keep, position_in, channel, x_stride_c, C)
+    _finish(second, x_ptr, y_ptr, norm_weight_ptr, norm_bias_ptr, keep, position_in, BLOCK_C // 2 + channel,
+            x_stride_c, C)  # fmt: skip

@@ -3,20 +3,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from eloftr_kernels import dispatch
-from eloftr_kernels.aggregated_attention.naive import token_mask
-from eloftr_kernels.kernel_common import blocks, launch, next_power_of_2
+from eloftr_kernels.aggregated_attention.naive import AGGREGATION, token_mask
+from eloftr_kernels.kernel_common import blocks, launch, next_power_of_2, power_of_2
 from eloftr_kernels.upsample_mlp.kernel_backward import _hidden_bwd, _update_bwd, _upsample_bwd
 from eloftr_kernels.upsample_mlp.kernel_forward import _upsample_mlp_fwd
 from eloftr_kernels.upsample_mlp.naive import MlpWeights, common_part
 
-LARGE_TILE_BYTES = 120 * 1024
+
+class Tiles(NamedTuple):
+    """What a program takes: positions of the map, multiples of a token's four, and hidden units at a time."""
+
+    rows: int
+    columns: int
+    hidden: int
+    num_warps: int
+    num_stages: int
+
+
+# A larger tile reads the weights less often. Hopper multiplies 64 rows at a time and needs 128 for two groups of warps.
+EXACT = Tiles(4, 4, 16, 4, 1)  # float32
+TILES = (  # half precision, by the least shared memory
+    (200 * 1024, Tiles(8, 16, 64, 8, 2)),
+    (120 * 1024, Tiles(8, 8, 32, 8, 2)),
+    (0, Tiles(4, 8, 32, 4, 2)),
+)
+# The recomputation has more to keep in registers.
+RECOMPUTED = {
+    Tiles(8, 16, 64, 8, 2): Tiles(8, 8, 64, 8, 2),
+    Tiles(8, 8, 32, 8, 2): Tiles(4, 8, 32, 8, 2),
+    Tiles(4, 8, 32, 4, 2): Tiles(4, 8, 32, 8, 2),
+}
 
 
 def forward(
@@ -31,7 +54,7 @@ def forward(
     coarse, common = _first_layer(x, _tokens(message), weights.expand)
     options = _options(x, coarse.dtype, mask is not None)
     if batch:
-        launch(_upsample_mlp_fwd, (blocks(height * width, options["BLOCK_P"]), batch),
+        launch(_upsample_mlp_fwd, (_count(options, height, width), batch),
             x, coarse, common, weights.expand.contiguous(), weights.contract.contiguous(), weights.norm.contiguous(),
             weights.norm_bias.contiguous(), *_masks(x, mask), y, height, width, *x.stride(), **options,
         )  # fmt: skip
@@ -60,18 +83,19 @@ def backward(
     active, grad_hidden = (x.new_empty((batch, height * width, 2 * channels), dtype=dtype) for _ in range(2))
     share = x.new_empty((batch, height, width) if masked else (0,), dtype=torch.float32)
     expand, contract = weights.expand.contiguous(), weights.contract.contiguous()
-    # The recomputation has more to keep in registers: the small tile over twice the threads.
-    small, large = _options(x, dtype, masked, large=False) | {"num_warps": 8}, _options(x, dtype, masked)
-    tiles = blocks(height * width, small["BLOCK_P"])
+    recompute, through = _options(x, dtype, masked, recompute=True), _options(x, dtype, masked)
+    tiles = _count(recompute, height, width)
     norm = x.new_empty((batch * tiles, 2, channels), dtype=torch.float32)
     if batch:
         launch(_update_bwd, (tiles, batch),
             grad, x, coarse, common, expand, contract, weights.norm.contiguous(), mask_, valid, grad_update,
-            active, share, norm, height, width, *grad.stride(), *x.stride(), **small,
+            active, share, norm, height, width, *grad.stride(), *x.stride(), **recompute,
         )  # fmt: skip
-        launch(_hidden_bwd, (blocks(height * width, large["BLOCK_P"]), batch),
+        positions = through.pop("ROWS") * through.pop("COLUMNS")
+        del through["BLOCK_T"]
+        launch(_hidden_bwd, (blocks(height * width, positions), batch),
             grad, grad_update, active, expand, contract, mask_, grad_hidden, grad_x, height, width,
-            *grad.stride(), *grad_x.stride(), **large,
+            *grad.stride(), *grad_x.stride(), **(through | {"BLOCK_P": positions}),
         )  # fmt: skip
         launch(_upsample_bwd, (blocks(tokens.shape[1], 16), blocks(2 * channels, 64), batch),
             grad_hidden, valid, share, grad_coarse, height, width, C=channels, HAS_MASK=masked, BLOCK_T=16,
@@ -115,20 +139,26 @@ def _masks(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return (x, x) if mask is None else (mask.contiguous(), token_mask(mask))
 
 
-def _options(x: Tensor, dtype: torch.dtype, masked: bool, large: bool = True) -> dict[str, Any]:
-    """Constants of a kernel over positions: one fixed choice per dtype and machine, no timing at the first call.
-
-    A large tile halves how often the weights are read, and needs 112 KiB of shared memory at 256 channels.
-    """
-    large = large and dispatch.shared_memory(x.device) >= LARGE_TILE_BYTES
-    exact = dtype == torch.float32
+def _options(x: Tensor, dtype: torch.dtype, masked: bool, *, recompute: bool = False) -> dict[str, Any]:
+    """Constants of a kernel over positions: one fixed choice per dtype and machine, no timing at the first call."""
+    shared = dispatch.shared_memory(x.device)
+    tiles = EXACT if dtype == torch.float32 else next(t for least, t in TILES if shared >= least)
+    tiles = RECOMPUTED.get(tiles, tiles) if recompute else tiles
+    tokens = (tiles.rows // AGGREGATION + 2) * (tiles.columns // AGGREGATION + 2)
     return {
         "C": x.shape[1],
         "HAS_MASK": masked,
-        "BLOCK_P": 16 if exact else 64 if large else 32,
+        "ROWS": tiles.rows,
+        "COLUMNS": tiles.columns,
+        "BLOCK_T": power_of_2(tokens),
         "BLOCK_C": next_power_of_2(x.shape[1]),
-        "BLOCK_U": 16 if exact else 32,
+        "BLOCK_U": tiles.hidden,
         "PRECISION": dispatch.dot_precision(dtype),
-        "num_warps": 8 if large and not exact else 4,
-        "num_stages": 1 if exact else 2,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
     }
+
+
+def _count(options: dict[str, Any], height: int, width: int) -> int:
+    """Tiles of positions that cover a map."""
+    return blocks(height, options["ROWS"]) * blocks(width, options["COLUMNS"])
