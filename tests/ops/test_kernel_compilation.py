@@ -26,9 +26,11 @@ KERNELS = {
 # Kernels whose inner products are Hopper's instructions for a group of four warps, in half precision.
 WGMMA = {
     *("_dual_softmax_lse_fwd", "_dual_softmax_lse_bwd", "_mutual_best_fwd"),
-    *("_upsample_mlp_fwd", "_hidden_bwd"),
+    *("_upsample_mlp_fwd", "_update_bwd", "_hidden_bwd"),
     *("_window_match_fwd", "_window_match_bwd"),
 }
+# Two programs on a multiprocessor: one multiplies while the other takes exponentials.
+SHARED_MULTIPROCESSOR = {"_dual_softmax_lse_fwd": 2 * 8 / 64}
 # Every kernel once at least at the width of `full`, every target once; the table has all combinations.
 CHOSEN = {
     "sm_90": [
@@ -49,7 +51,7 @@ import json, sys
 from benchmarks.compile_table import compile_case
 for arguments in json.loads(sys.argv[1]):
     rows = compile_case(*arguments)
-    print(json.dumps([[row.op, row.kernel, row.spilled, row.fits, row.matrix] for row in rows]))
+    print(json.dumps([[row.op, row.kernel, row.spilled, row.fits, row.matrix, row.occupancy] for row in rows]))
 """
 
 
@@ -66,6 +68,7 @@ def test_kernels_compile_spill_nothing_and_fit(chosen: list[tuple[str, str, str,
         assert [row[:4] for row in json.loads(line)] == [[op, kernel, 0, True] for kernel in kernels], line
         if target == "sm_90":
             assert {row[1] for row in json.loads(line) if row[4] == "wgmma"} == WGMMA & set(kernels), line
+            assert all(row[5] >= SHARED_MULTIPROCESSOR.get(row[1], 0) for row in json.loads(line)), line
 
 
 def test_every_kernel_and_every_vendor_is_compiled() -> None:

@@ -137,7 +137,7 @@ def test_the_gradient_is_that_of_the_normalisers() -> None:
         assert not any(x.requires_grad for x in best)
     for got, wanted in zip(*found, strict=True):
         assert wanted.any()
-        assert torch.equal(got, wanted)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)  # one kernel, compiled twice
 
 
 def test_the_operator_is_sound_and_compiles() -> None:

@@ -16,8 +16,9 @@ from support.ops import assert_as_accurate, checked_gradcheck, poisoned_buffers,
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FIELDS = ("subpixel1", "expected0", "expected1")  # those that carry gradients
 # The kernels round gradients of scores and windows to the maps' type before a product, the reference keeps scores in
-# float32.
-RATIO = {torch.float32: 3.0, torch.float16: 3.0, torch.bfloat16: 3.0}
+# float32. On a GPU, float32 products of the forward are three of TF32: numbers keep 22 bits, and the product of the
+# lower halves is left out, so that an error may be 12 times half a step of float32.
+RATIO = {torch.float32: 3.0 if DEVICE.type == "cpu" else 12.0, torch.float16: 3.0, torch.bfloat16: 3.0}
 DTYPES = list(RATIO)
 
 
@@ -189,7 +190,7 @@ def test_maps_that_end_within_a_cell_and_one_cell() -> None:
     with backend("triton"), poisoned_buffers():
         actual = values_and_gradients(single, soft_temperature=1.0)
     for name, value in actual.items():
-        assert_as_accurate(name, value, same[name], exact[name], 3.0)
+        assert_as_accurate(name, value, same[name], exact[name], RATIO[torch.float32])
 
 
 def test_ties_go_to_the_lowest_pixel() -> None:
@@ -257,7 +258,8 @@ def test_indices_outside_the_maps_raise(name: str) -> None:
     s = Scene(*(t.cpu() for t in scene(M=2, D=16, dtype=torch.float32, grid0=(1, 2), grid1=(2, 1))))
     for value in OUTSIDE[name]:
         bad = s._replace(**{name: torch.tensor([0, value])})
-        for choice in ("reference", "triton"):
+        # Triton takes tensors of a CPU in its interpreter alone.
+        for choice in ("reference", "triton") if DEVICE.type == "cpu" else ("reference",):
             with backend(choice), pytest.raises(IndexError, match=f"{name}: expected 0 to 1, got"):  # type: ignore[arg-type]
                 window_match(*bad, 4, 1.0)
 

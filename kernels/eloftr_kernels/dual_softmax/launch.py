@@ -80,7 +80,7 @@ def lse_constants(tiles: Tiles, dtype: torch.dtype, channels: int, columns: int)
     """Compile-time arguments of the kernel of the normalisers, in the order of its signature."""
     constants = forward_constants(tiles, dtype, channels)
     products = {name: constants.pop(name) for name in ("DOT", "PRECISION")}
-    even = channels % tiles.channels == 0 and columns % tiles.columns == 0
+    even = channels > 0 and channels % tiles.channels == 0 and columns % tiles.columns == 0
     return {**constants, "EVEN": even, "FLUSH": flushes(), **products}
 
 

@@ -58,7 +58,8 @@ def _upsampling(y, x, valid_ptr, H, W, HAS_MASK: tl.constexpr, ROWS: tl.constexp
     weights = tl.where(there[None, :], weights, 0.0)
     share = tl.full((ROWS * COLUMNS,), 1.0, tl.float32)
     if HAS_MASK:
-        weights = tl.where((tl.load(valid_ptr + token) != 0)[None, :], weights, 0.0)
+        there &= tl.load(valid_ptr + token) != 0
+        weights = tl.where(there[None, :], weights, 0.0)
         share = tl.maximum(tl.sum(weights, 1), MIN_SHARE)
     return token, there, weights, share
 
