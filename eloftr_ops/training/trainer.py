@@ -8,6 +8,7 @@ not frozen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -177,16 +178,18 @@ class Trainer:
         return counts
 
     def _result(self, sums: Tensor, counts: Tensor) -> GradientResult:
-        means = sums[:-1] / counts.clamp_min(1)
-        weighted = zip(means.tolist(), term_weights(self.config.loss, self.config.objective), strict=True)
+        # One transfer for all numbers: each waits for the device.
+        numbers = torch.cat([sums[:-1] / counts.clamp_min(1), sums, counts.to(sums)]).tolist()
+        means, totals, found = numbers[: len(counts)], numbers[len(counts) : -len(counts)], numbers[-len(counts) :]
+        weighted = zip(means, term_weights(self.config.loss, self.config.objective), strict=True)
         loss = sum(mean * weight for mean, weight in weighted if weight > 0)
-        pairs = int(counts[0] if self.config.objective.kind == "supervised" else counts[-1])
+        pairs = int(found[0] if self.config.objective.kind == "supervised" else found[-1])
         return GradientResult(
             loss=loss,
-            losses=dict(zip(TERMS, means.tolist(), strict=True)),
-            confidence=float(sums[-1]) / max(pairs, 1),
+            losses=dict(zip(TERMS, means, strict=True)),
+            confidence=totals[-1] / max(pairs, 1),
             pairs=pairs,
-            finite=bool(torch.isfinite(sums).all()),
+            finite=all(map(math.isfinite, totals)),
         )
 
     def _update(self, gradients: GradientResult) -> StepResult:
@@ -202,8 +205,9 @@ class Trainer:
         )
         if norm is None:
             raise RuntimeError("clip_gradients: expected a norm, got none.")
-        finite = gradients.finite and bool(torch.isfinite(norm))
-        taken = finite and float(norm) > 0
+        length = float(norm)
+        finite = gradients.finite and math.isfinite(length)
+        taken = finite and length > 0
         if taken:
             self._optimizer.step()
             self.average.update_parameters(self.matcher)
@@ -213,7 +217,7 @@ class Trainer:
             loss=gradients.loss,
             losses=gradients.losses,
             confidence=gradients.confidence,
-            gradient_norm=float(norm),
+            gradient_norm=length,
             pairs=gradients.pairs,
             taken=taken,
             finite=finite,

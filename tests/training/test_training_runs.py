@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,26 @@ def test_a_non_finite_step_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert trainer.take_step(part).taken
     assert (trainer.skipped, trainer.bad_in_a_row) == (1, 0)
+
+
+def test_the_sums_of_a_step_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reading waits for the device."""
+    trainer, _ = _trainer(short(tmp_path))
+    sums = torch.tensor([6.0, 4.0, 9.0, 0.0, 0.0, 0.0, 1.5], dtype=torch.float64)
+    counts = torch.tensor([3, 2, 2, 1, 0, 0])
+    read = []
+
+    def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        return lambda *given: (read.append(name), function(*given))[1]
+
+    with monkeypatch.context() as counting:
+        for name in ("item", "tolist", "__float__", "__int__", "__bool__"):
+            counting.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
+        result = trainer._result(sums, counts)
+    assert read == ["tolist"]
+    assert list(result.losses.values()) == [2.0, 2.0, 4.5, 0.0, 0.0, 0.0]
+    assert (result.confidence, result.pairs, result.finite) == (0.5, 3, True)
+    assert not trainer._result(sums.index_fill(0, torch.tensor(6), math.nan), counts).finite
 
 
 def test_a_step_without_any_true_pair_changes_no_weights(tmp_path: Path) -> None:

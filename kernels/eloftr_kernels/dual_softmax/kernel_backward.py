@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from eloftr_kernels.dual_softmax.kernel_forward import _load_features, _load_shift, _load_valid, _scores
+from eloftr_kernels.kernel_common import LOG2_E, exp2
 
 
 @triton.jit
@@ -45,6 +46,7 @@ def _dual_softmax_lse_bwd(
     BLOCK_C: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     WHOLE: tl.constexpr,
+    FLUSH: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -72,23 +74,24 @@ def _dual_softmax_lse_bwd(
     amax = tl.load(amax_ptr + b)
     unit = (amax.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     unit = tl.where(unit > 0, unit, 1.0)
+    per_unit = 1 / unit  # exact
     own_lse = tl.load(own_lse_ptr + b * L + rows, mask=rows < L, other=0.0)
-    own_grad = tl.load(own_grad_ptr + b * L + rows, mask=rows < L, other=0.0) / unit
+    own_grad = tl.load(own_grad_ptr + b * L + rows, mask=rows < L, other=0.0) * per_unit
     out = tl.zeros((BLOCK_L, BLOCK_OUT), tl.float32)
     weight = tl.zeros((BLOCK_L,), tl.float32)
     for start in range(0, S, BLOCK_S):
         columns = start + tl.arange(0, BLOCK_S)
         valid = _load_valid(other_mask_ptr, columns, S, stride_other_mask_s) & (columns < S)
         other_lse = tl.load(other_lse_ptr + b * S + columns, mask=columns < S, other=0.0)
-        other_grad = tl.load(other_grad_ptr + b * S + columns, mask=columns < S, other=0.0) / unit
+        other_grad = tl.load(other_grad_ptr + b * S + columns, mask=columns < S, other=0.0) * per_unit
         scores, other = _scores(
             own_ptr, own, rows, L, stride_own_l, stride_own_c,
             other_ptr, columns, S, stride_other_s, stride_other_c,
             C, own_valid, valid, own_shift, _load_shift(other_shift_ptr, columns, S), scale,
             BLOCK_C, WHOLE, DOT, PRECISION,
         )  # fmt: skip
-        weights = own_grad[:, None] * tl.exp(scores - own_lse[:, None])
-        weights += other_grad[None, :] * tl.exp(scores - other_lse[None, :])
+        weights = own_grad[:, None] * exp2((scores - own_lse[:, None]) * LOG2_E, FLUSH)
+        weights += other_grad[None, :] * exp2((scores - other_lse[None, :]) * LOG2_E, FLUSH)
         weights = tl.where((own_valid & (rows < L))[:, None] & valid[None, :], weights, 0.0)
         if not WHOLE:
             other = _load_features(

@@ -77,16 +77,14 @@ def forward_constants(tiles: Tiles, dtype: torch.dtype, channels: int) -> dict[s
 
 
 def lse_constants(tiles: Tiles, dtype: torch.dtype, channels: int, columns: int) -> dict[str, object]:
-    """Compile-time arguments of the kernel of the normalisers, in the order of its signature."""
-    constants = forward_constants(tiles, dtype, channels)
-    products = {name: constants.pop(name) for name in ("DOT", "PRECISION")}
+    """Compile-time arguments of the kernel of the normalisers."""
     even = channels > 0 and channels % tiles.channels == 0 and columns % tiles.columns == 0
-    return {**constants, "EVEN": even, "FLUSH": flushes(), **products}
+    return {**forward_constants(tiles, dtype, channels), "EVEN": even, "FLUSH": flushes()}
 
 
 def backward_constants(tiles: Tiles, dtype: torch.dtype, channels: int) -> dict[str, object]:
     """Compile-time arguments of the backward kernel."""
-    constants = forward_constants(tiles, dtype, channels)
+    constants = forward_constants(tiles, dtype, channels) | {"FLUSH": flushes()}
     del constants["SPAN"]
     constants["BLOCK_OUT"] = tiles.channels if constants["WHOLE"] else min(128, power_of_2(channels))
     return constants
@@ -197,7 +195,7 @@ def dual_softmax_best_forward(
         best1, score1, best0, *_strides(own.features, other.features, mask0, mask1),
         L, S, C, 1 / temperature, math.log(threshold),
         GROUP=group, BLOCK_L=_PARTNER_ROWS, BLOCK_G=64, BLOCK_C=min(128, power_of_2(C)),
-        DOT=dot_dtype(dtype), PRECISION=dot_precision(dtype), num_warps=2, num_stages=2,
+        DOT=dot_dtype(dtype), PRECISION=dot_precision(dtype), num_warps=4, num_stages=2,
     )  # fmt: skip
     return row_lse, col_lse, best1, best0.bitwise_and_(0xFFFFFFFF), score1
 
