@@ -5,6 +5,7 @@ An ill-posed pair is flagged (`valid=False`) and gets zero gradient. It never ra
 other pairs of its batch.
 """
 
+from eloftr_ops.geometry.absolute_pose import AbsolutePoseEstimate, absolute_pose_from_matches, points_from_depth
 from eloftr_ops.geometry.consensus import ConsensusEstimate, estimate_robust
 from eloftr_ops.geometry.frames import from_integer_centers, to_integer_centers
 from eloftr_ops.geometry.fundamental import (
@@ -14,6 +15,7 @@ from eloftr_ops.geometry.fundamental import (
 )
 from eloftr_ops.geometry.homography import HomographyEstimate, apply_homography, homography_from_matches
 from eloftr_ops.geometry.hypotheses import ConsensusHypotheses, consensus_from_matches
+from eloftr_ops.geometry.planar import PlanarEstimate, affine_from_matches, similarity_from_matches
 from eloftr_ops.geometry.pose import (
     EssentialEstimate,
     PoseEstimate,
@@ -28,12 +30,16 @@ from eloftr_ops.geometry.residuals import (
 )
 
 __all__ = [
+    "AbsolutePoseEstimate",
     "ConsensusEstimate",
     "ConsensusHypotheses",
     "EssentialEstimate",
     "FundamentalEstimate",
     "HomographyEstimate",
+    "PlanarEstimate",
     "PoseEstimate",
+    "absolute_pose_from_matches",
+    "affine_from_matches",
     "apply_homography",
     "consensus_from_matches",
     "epipolar_residuals",
@@ -43,8 +49,10 @@ __all__ = [
     "fundamental_from_matches",
     "fundamental_from_pose",
     "homography_from_matches",
+    "points_from_depth",
     "relative_pose_from_matches",
     "sampson_residuals",
+    "similarity_from_matches",
     "symmetric_transfer_residuals",
     "to_integer_centers",
     "transfer_residuals",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local coordinates on the three manifolds that are refined: homographies, fundamental matrices, poses.
+"""Local coordinates on the manifolds that are refined: homographies, fundamental matrices, poses, planar maps.
 
 Each chart is centred at a point of its manifold: `at(0)` is that point, `at(delta)` is smooth in delta,
 `tangent` is its derivative at zero and `moved(delta)` the chart centred at `at(delta)`. None has a singular
@@ -161,3 +161,55 @@ class PoseChart(NamedTuple):
     def where(self, mask: Tensor, other: "PoseChart") -> "PoseChart":
         """Return this chart where `mask` holds and `other` elsewhere."""
         return PoseChart(*(_select(mask, a, b) for a, b in zip(self, other, strict=True)))
+
+
+class CameraChart(NamedTuple):
+    """Camera matrices `[R | t]`: three coordinates turn R, three move t."""
+
+    R: Tensor  # (B, 3, 3)
+    t: Tensor  # (B, 3)
+
+    @property
+    def tangent(self) -> Tensor:
+        """Derivative `(B, 12, 6)` at zero."""
+        eye = torch.eye(3, dtype=self.R.dtype, device=self.R.device).expand_as(self.R)
+        zero = torch.zeros_like(self.R)
+        turns = torch.cat([skew(eye) @ self.R[:, None], zero[..., None]], dim=3)
+        slides = torch.cat([zero[:, :, None].expand(-1, -1, 3, -1), eye[..., None]], dim=3)
+        return torch.cat([turns, slides], dim=1).flatten(2).mT
+
+    def motion(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotation `(B, 3, 3)` and translation `(B, 3)` at coordinates `(B, 6)`."""
+        return cayley(delta[:, :3]) @ self.R, self.t + delta[:, 3:]
+
+    def at(self, delta: Tensor) -> Tensor:
+        """Matrices `(B, 3, 4)` at coordinates `(B, 6)`."""
+        R, t = self.motion(delta)
+        return torch.cat([R, t[:, :, None]], dim=2)
+
+    def moved(self, delta: Tensor) -> "CameraChart":
+        """Return the chart centred at `motion(delta)`."""
+        return CameraChart(*self.motion(delta))
+
+    def where(self, mask: Tensor, other: "CameraChart") -> "CameraChart":
+        """Return this chart where `mask` holds and `other` elsewhere."""
+        return CameraChart(*(_select(mask, a, b) for a, b in zip(self, other, strict=True)))
+
+
+class LinearChart(NamedTuple):
+    """Matrices that depend linearly on the coordinates: affine maps and similarities."""
+
+    matrix: Tensor  # (B, 3, 3)
+    tangent: Tensor  # (B, 9, p)
+
+    def at(self, delta: Tensor) -> Tensor:
+        """Matrices `(B, 3, 3)` at coordinates `(B, p)`."""
+        return self.matrix + (self.tangent @ delta[:, :, None]).view(-1, 3, 3)
+
+    def moved(self, delta: Tensor) -> "LinearChart":
+        """Return the chart centred at `at(delta)`."""
+        return LinearChart(self.at(delta), self.tangent)
+
+    def where(self, mask: Tensor, other: "LinearChart") -> "LinearChart":
+        """Return this chart where `mask` holds and `other` elsewhere."""
+        return LinearChart(_select(mask, self.matrix, other.matrix), self.tangent)

@@ -47,6 +47,16 @@ def check_matches(
         check_weights(weights, keypoints0.shape[0])
 
 
+def check_points(name: str, points: Tensor, count: int) -> None:
+    """Raise unless `points` is `(count, 3)`, floating point and finite."""
+    check_floats(name, points)
+    if points.shape != (count, 3):
+        raise ValueError(f"{name}: expected shape (M, 3) = ({count}, 3), got {tuple(points.shape)}")
+    bad = ~torch.isfinite(points).all(1)
+    if bool(bad.any()):
+        raise ValueError(f"{name}: expected finite coordinates, got NaN or infinity at match {_first(bad)}")
+
+
 def check_weights(weights: Tensor, count: int) -> None:
     """Raise unless `weights` is `(count,)`, floating point, finite and nowhere negative."""
     check_floats("weights", weights)

@@ -12,6 +12,8 @@ from eloftr_ops.geometry._precision import to_work
 
 # Added to relative variances: a point that is a thousandth as uncertain as another is exact beside it.
 LEAST_VARIANCE = 1e-9
+# Share of the trace by which two entries may differ: rounding, also of a lower precision. Their mean is taken.
+ASYMMETRY = 1e-3
 # Logarithm of a variance, relative to that of the pair, beyond which it counts as this.
 WIDEST_LOG = 46.0
 
@@ -49,7 +51,7 @@ def _check_covariance(name: str, covariance: Tensor, count: int) -> None:
     S = to_work(covariance.detach())
     a, b, c, d = S.flatten(1).unbind(1)
     size = (a.abs() + d.abs()).clamp_min(torch.finfo(S.dtype).tiny)
-    symmetric = (b - c).abs() <= 16 * torch.finfo(covariance.dtype).eps * size
+    symmetric = (b - c).abs() <= ASYMMETRY * size
     definite = (a > 0) & (d > 0) & ((a / size) * (d / size) > (b / size) * (c / size))
     for fine, wanted, remedy in (
         (torch.isfinite(S).flatten(1).all(1), "finite values", "leave such matches out"),
@@ -59,6 +61,12 @@ def _check_covariance(name: str, covariance: Tensor, count: int) -> None:
         if not bool(fine.all()):
             row = int((~fine).nonzero()[0, 0])
             raise ValueError(f"{name}: expected {wanted}, got {covariance[row].tolist()} at match {row}; {remedy}")
+
+
+def symmetrised(covariance: Tensor) -> Tensor:
+    """The symmetric part of covariances, in float64."""
+    covariance = to_work(covariance)
+    return 0.5 * (covariance + covariance.mT)
 
 
 def relative_covariances(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eloftr_ops.geometry._covariances import Covariances
+from eloftr_ops.geometry._covariances import Covariances, symmetrised
 from eloftr_ops.geometry._linalg import extreme_unit, power_of_two
 from eloftr_ops.geometry._precision import to_work, work_device
 
@@ -102,7 +102,7 @@ def pad_matches(matches: Matches, *, one_unit: bool = False) -> PaddedMatches:
         units = (unit0[..., None], unit1[..., None])
         covariances = Covariances(
             *(
-                None if x is None else laid_out(to_work(x).to(eye.device), eye) / unit / unit
+                None if x is None else laid_out(symmetrised(x).to(eye.device), eye) / unit / unit
                 for x, unit in zip(matches.covariances, units, strict=True)
             )
         )

@@ -131,6 +131,48 @@ def _both_sides(whitening: Whitening, matrices: Tensor) -> Tensor:
     return whitening(left.flatten(3)).view(shape).transpose(2, 3)
 
 
+class ProjectionResidual:
+    """`pi(R X + t) - x`: the reprojection error of points in space, two components; large behind the camera."""
+
+    @staticmethod
+    def value(matrix: Tensor, points0: Tensor, points1: Tensor, covariances: Covariances | None = None) -> Tensor:
+        """Residuals `(B, N, 2)` of points `(B, N, 3)` under `(B, 3, 4)`; of covariances, only those of points1."""
+        x = homogeneous(points0)
+        residual = (x @ matrix[:, :2].mT) / _depth_in_front(matrix, x)[..., None] - points1
+        return residual if covariances is None else _of_image(covariances)(residual[..., None])[..., 0]
+
+    @staticmethod
+    def jacobian(matrix: Tensor, points0: Tensor, points1: Tensor, covariances: Covariances | None = None) -> Tensor:
+        """Derivative `(B, N, 2, 12)`."""
+        x = homogeneous(points0)
+        row = x / _depth_in_front(matrix, x)[..., None]
+        mapped = row @ matrix[:, :2].mT
+        # Behind the camera the depth that is divided by is constant.
+        last = torch.where(((x @ matrix[:, 2, :, None]) > _least_depth(matrix, x)[..., None]), row, 0.0)
+        zero = torch.zeros_like(row)
+        along_x = torch.cat([row, zero, -mapped[..., :1] * last], dim=-1)
+        along_y = torch.cat([zero, row, -mapped[..., 1:] * last], dim=-1)
+        change = torch.stack([along_x, along_y], dim=2)
+        return change if covariances is None else _of_image(covariances)(change)
+
+
+def _of_image(covariances: Covariances) -> Whitening:
+    if covariances.points1 is None:
+        raise ValueError("covariances: expected those of the image, got None")
+    return Whitening.of(covariances.points1)
+
+
+def _least_depth(matrix: Tensor, points: Tensor) -> Tensor:
+    floor = HORIZON * (points.detach().abs() @ matrix.detach()[:, 2, :, None].abs())[..., 0]
+    return torch.where(floor > 0, floor, 1.0)
+
+
+def _depth_in_front(matrix: Tensor, points: Tensor) -> Tensor:
+    """Depth `(B, N)`, at least a millionth of the terms it is the sum of."""
+    depth, floor = (points @ matrix[:, 2, :, None])[..., 0], _least_depth(matrix, points)
+    return torch.where(depth > floor, depth, floor)
+
+
 class SampsonResidual:
     """Signed Sampson distance `x1^T F x0 / |grad|`, one component; zero for a match at both epipoles."""
 

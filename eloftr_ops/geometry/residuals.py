@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from eloftr_ops.geometry._checks import batch_size_of, check_matches, check_matrices
-from eloftr_ops.geometry._covariances import Covariances, check_covariances
+from eloftr_ops.geometry._covariances import Covariances, check_covariances, symmetrised
 from eloftr_ops.geometry._linalg import adjugate, extreme_unit, homography_in_units, unit_magnitude
 from eloftr_ops.geometry._precision import returned, to_work
 from eloftr_ops.geometry._residuals import SampsonResidual, TransferResidual, line_distances
@@ -115,7 +115,7 @@ def _of_points(
         return None
     sides = ((covariance0, unit0), (covariance1, unit1))
     return Covariances(
-        *(None if x is None else (to_work(x) / unit[..., None] / unit[..., None])[:, None] for x, unit in sides)
+        *(None if x is None else (symmetrised(x) / unit[..., None] / unit[..., None])[:, None] for x, unit in sides)
     )
 
 

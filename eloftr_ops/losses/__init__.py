@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses: per pair, weighted, with explicit reduction; finite for perfect matches and for matches at infinity."""
 
+from eloftr_ops.losses.absolute_pose import absolute_pose_loss
 from eloftr_ops.losses.epipolar import sampson_loss, symmetric_epipolar_loss, weak_pose_loss
 from eloftr_ops.losses.expected_reward import (
     Candidates,
@@ -25,6 +26,7 @@ from eloftr_ops.losses.pose import pose_loss, rotation_angle, translation_direct
 __all__ = [
     "Candidates",
     "MatchingLosses",
+    "absolute_pose_loss",
     "agreement_rewards",
     "coarse_focal_loss",
     "corner_error_loss",

@@ -102,4 +102,4 @@ def _moments(
 def _second_moment(probability: Tensor, offsets: Tensor) -> Tensor:
     """(M, P) and (M, P, 2) -> (M, 2, 2)."""
     moment: Tensor = (offsets * probability[..., None]).mT @ offsets
-    return moment
+    return 0.5 * (moment + moment.mT)  # products may round the two entries differently
