@@ -124,14 +124,29 @@ def _hidden_bwd(
         weight = tl.load(expand_ptr + unit[:, None] * (2 * C) + channel[None, :], mask=real, other=0.0)
         grad_x = tl.dot(through, weight, grad_x, input_precision=PRECISION)
     row, column = position // W, position % W
+    kept = position_in
     if HAS_MASK:
-        wanted &= (tl.load(mask_ptr + flat, mask=position_in, other=0) != 0)[:, None]
-    at = sample * grad_stride_b + row * grad_stride_y + column * grad_stride_x
-    at = grad_ptr + at[:, None] + channel[None, :] * grad_stride_c
-    grad_x += tl.load(at, mask=wanted, other=0.0).to(tl.float32)
-    to = sample * grad_x_stride_b + row * grad_x_stride_y + column * grad_x_stride_x
-    to = grad_x_ptr + to[:, None] + channel[None, :] * grad_x_stride_c
-    tl.store(to, grad_x.to(grad_x_ptr.dtype.element_ty), mask=position_in[:, None] & (channel < C)[None, :])
+        kept &= tl.load(mask_ptr + flat, mask=position_in, other=0) != 0
+    grad_ptr += sample * grad_stride_b + row * grad_stride_y + column * grad_stride_x
+    grad_x_ptr += sample * grad_x_stride_b + row * grad_x_stride_y + column * grad_x_stride_x
+    # One half of the channels after the other takes fewer registers.
+    first, second = _halves(grad_x, BLOCK_P, BLOCK_C)
+    half = tl.arange(0, BLOCK_C // 2)
+    _add_residual(first, grad_ptr, grad_x_ptr, kept, position_in, half, grad_stride_c, grad_x_stride_c, C)
+    _add_residual(second, grad_ptr, grad_x_ptr, kept, position_in, BLOCK_C // 2 + half, grad_stride_c, grad_x_stride_c,
+                  C)  # fmt: skip
+
+
+@triton.jit
+def _add_residual(
+    grad_x, grad_ptr, grad_x_ptr, kept, position_in, channel, grad_stride_c, grad_x_stride_c, C: tl.constexpr
+):  # fmt: skip
+    """Adds what y = x + ... sends back directly, and stores the sum."""
+    real = (channel < C)[None, :]
+    at = grad_ptr[:, None] + channel[None, :] * grad_stride_c
+    grad_x += tl.load(at, mask=kept[:, None] & real, other=0.0).to(tl.float32)
+    to = grad_x_ptr[:, None] + channel[None, :] * grad_x_stride_c
+    tl.store(to, grad_x.to(grad_x_ptr.dtype.element_ty), mask=position_in[:, None] & real)
 
 
 @triton.jit
