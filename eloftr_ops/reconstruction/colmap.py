@@ -134,11 +134,14 @@ def map_incrementally(
     options.min_model_size = least_images
     with quiet(pycolmap):
         models = pycolmap.incremental_mapping(database, images, output, options)
-    return sorted(models.values(), key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
+    large = [model for model in models.values() if model.num_reg_images() >= least_images]
+    return sorted(large, key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
 
 
 def triangulate(model: Any, database: Path, *, threads: int = -1) -> Any:
     """The model with the points of a verified database in place of its own; its cameras stay.
+
+    Where the database gives none, the model stays as it is.
 
     Args:
         model: of `map_incrementally`. The database has the same images under the same numbers.
@@ -147,7 +150,9 @@ def triangulate(model: Any, database: Path, *, threads: int = -1) -> Any:
     """
     pycolmap = require_pycolmap()
     with quiet(pycolmap), tempfile.TemporaryDirectory() as folder:
-        return pycolmap.triangulate_points(model, database, folder, folder, options=_options(pycolmap, threads))
+        options = _options(pycolmap, threads)
+        found = pycolmap.triangulate_points(copy.deepcopy(model), database, folder, folder, options=options)
+    return found if found.num_points3D() else model
 
 
 def adjust_model(model: Any, *, threads: int = -1) -> Any:
@@ -169,8 +174,14 @@ def adjust_model(model: Any, *, threads: int = -1) -> Any:
     for refine in (True, False) if min(shared.values()) >= _LEAST_SHARED else (False,):
         options.refine_principal_point = refine
         adjusted = copy.deepcopy(model)
+        config = pycolmap.BundleAdjustmentConfig()
+        config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
+        for image in adjusted.images.values():
+            if image.has_pose:
+                config.add_image(image.image_id)
         with quiet(pycolmap):
-            pycolmap.bundle_adjustment(adjusted, options)
+            pycolmap.create_default_bundle_adjuster(options, config, adjusted).solve()
+        adjusted.update_point_3d_errors()
         if all(_is_central(adjusted.cameras[camera]) for camera in shared):
             break
     return adjusted
