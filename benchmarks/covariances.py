@@ -21,7 +21,7 @@ from torch import Tensor
 from eloftr_ops import EfficientLoFTR
 from eloftr_ops.data.synthetic import HomographyPairs
 from eloftr_ops.data.textures import PhotoTextures
-from eloftr_ops.geometry import apply_homography, homography_from_matches, relative_pose_from_matches
+from eloftr_ops.geometry import PoseEstimate, apply_homography, homography_from_matches, relative_pose_from_matches
 from eloftr_ops.losses import rotation_angle, translation_direction_angle
 from eloftr_ops.training.calibration import measure_errors, squared_mahalanobis
 
@@ -66,17 +66,24 @@ def matched(matcher: EfficientLoFTR, index: Path, split: str, limit: int | None,
     return found
 
 
-def pose_error(pair: Pair, options: dict[str, Any]) -> float:
-    """Larger of the angles of rotation and of translation direction, up to its sign, in degrees."""
+def estimated_pose(pair: Pair, options: dict[str, Any]) -> PoseEstimate:
+    """The robust, refined pose."""
     half = torch.tensor([[0.0, 0.0, 0.5], [0.0, 0.0, 0.5], [0.0, 0.0, 0.0]], dtype=torch.float64)
     K0, K1 = ((pair.truth[name] + half)[None] for name in ("K0", "K1"))
     x0, x1, index = (pair.matches[name] for name in ("keypoints0", "keypoints1", "batch_indexes"))
-    found = relative_pose_from_matches(x0, x1, K0, K1, index.long(), robust=KERNEL, robust_scale=1.0, **options)
-    if not bool(found.valid):
-        return float("inf")
-    truth = pair.truth["T_0to1"][None]
-    slide = translation_direction_angle(found.translation_0to1, truth[:, :3, 3], ignore_sign=True)
-    return float(torch.rad2deg(torch.maximum(rotation_angle(found.rotation_0to1, truth[:, :3, :3]), slide)))
+    return relative_pose_from_matches(x0, x1, K0, K1, index.long(), robust=KERNEL, robust_scale=1.0, **options)
+
+
+def pose_angle(T_a: Tensor, T_b: Tensor) -> Tensor:
+    """Larger of the angles of rotation and of translation direction, up to its sign, in degrees `(B,)`."""
+    slide = translation_direction_angle(T_a[:, :3, 3], T_b[:, :3, 3], ignore_sign=True)
+    return torch.rad2deg(torch.maximum(rotation_angle(T_a[:, :3, :3], T_b[:, :3, :3]), slide))
+
+
+def pose_error(pair: Pair, options: dict[str, Any]) -> float:
+    """Angle to the true pose."""
+    found = estimated_pose(pair, options)
+    return float(pose_angle(found.T_0to1, pair.truth["T_0to1"][None])) if bool(found.valid) else float("inf")
 
 
 def homography_error(pair: Pair, options: dict[str, Any]) -> float:
@@ -130,6 +137,22 @@ def report(index: Path, pairs: list[Pair]) -> None:
         cells = [f"{100 * float((1 - values / level).clamp(0, 1).mean()):.1f}" for level in LEVELS]
         better = f"{int((values < plain).sum())} of {len(pairs)}"
         print(f"| {name} | {' | '.join(cells)} | {float(values.median()):.3f} | {better} |", flush=True)
+    if kind is pose_error:
+        halves(pairs)
+
+
+def halves(pairs: list[Pair]) -> None:
+    """How much of a pose's error is noise of single matches: what two random halves of the matches disagree by."""
+    generator = torch.Generator().manual_seed(0)
+    spreads: dict[str, list[float]] = {"plain": [], "covariances": []}
+    for pair in pairs:
+        first = torch.rand(len(pair.matches["confidence"]), generator=generator) < 0.5
+        sides = [pair._replace(matches={k: x[rows] for k, x in pair.matches.items()}) for rows in (first, ~first)]
+        for name, found in spreads.items():
+            T = [estimated_pose(side, estimators(side)[name]).T_0to1 for side in sides]
+            found.append(float(pose_angle(T[0], T[1])))
+    for name, found in spreads.items():
+        print(f"\nmedian angle between the poses of two halves of the matches, {name}: {np.median(found):.3f}")
 
 
 def plot(matcher: EfficientLoFTR, photographs: Path, target: Path, count: int) -> None:
@@ -151,7 +174,7 @@ def plot(matcher: EfficientLoFTR, photographs: Path, target: Path, count: int) -
     for values, name in ((one_for_all, "one variance for all matches"), (calibrated, "covariance of each match")):
         axes.plot(law, torch.quantile(values, levels), label=f"{name} (mean {float(values.mean()):.2f})")
     axes.set_xlabel("quantile of the law")
-    axes.set_ylabel("quantile of squared errors, standard deviations squared")
+    axes.set_ylabel("quantile of squared Mahalanobis errors")
     axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(target, dpi=110)
