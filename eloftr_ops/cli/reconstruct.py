@@ -90,7 +90,8 @@ def reconstruct_command(
 
 def _print(report: ReconstructionReport, output: Path) -> None:
     console = Report()
-    others = f"; {len(report.models) - 1} more models" if len(report.models) > 1 else ""
+    more = len(report.models) - 1
+    others = f"; {more} more model{'s' if more > 1 else ''}" if more > 0 else ""
     print_line(console, "registered", f"{report.registered} of {report.images} images{others}")
     print_line(console, "points", f"{report.points}, in {report.mean_track_length:.2f} images each")
     print_line(console, "reprojection", f"{report.reprojection_error:.3f} px, mean")

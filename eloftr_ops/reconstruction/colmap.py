@@ -90,7 +90,11 @@ def write_database(
     try:
         for leftover in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))):
             leftover.unlink(missing_ok=True)
-        with pycolmap.Database.open(path) as database, pycolmap.DatabaseTransaction(database):
+        with (
+            quiet(pycolmap),
+            pycolmap.Database.open(path) as database,
+            pycolmap.DatabaseTransaction(database),
+        ):
             ids = _write_images(pycolmap, database, tracks, cameras, camera_model)
             for name, keypoints in zip(tracks.names, tracks.keypoints, strict=True):
                 database.write_keypoints(ids[name], np.ascontiguousarray(keypoints, np.float32))
@@ -99,7 +103,8 @@ def write_database(
                     rows = np.ascontiguousarray(matches, np.uint32)
                     database.write_matches(ids[first], ids[second], rows)
     except (OSError, RuntimeError) as error:
-        raise FileError(f"{path}: cannot be written: {error}.") from error
+        reason = str(error).rstrip(".")
+        raise FileError(f"{path}: cannot be written: {reason}. Look whether the disk is full.") from error
     return ids
 
 

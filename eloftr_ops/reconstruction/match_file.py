@@ -15,6 +15,7 @@ CVPR 2019, and the tool's documentation.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -126,13 +127,17 @@ def write_match_file(
     temporary = temporary_name(path)
     remove_leftovers(path.parent)
     try:
-        with h5py.File(temporary, "w") as file:
+        with _Sink(temporary) as sink, h5py.File(sink, "w") as file:
             file.attrs["format"] = "hloc matches, written by eloftr-ops 1"
             file.attrs["pixel_centers"] = _PIXEL_CENTERS
             file.attrs["settings"] = json.dumps(settings, sort_keys=True)
             file.attrs["failed_pairs"] = failed_pairs
             for found in matches:
                 _write_pair(file.create_group(pair_key(found.pair)), found)
+                if sink.error is not None:
+                    break
+        if sink.error is not None:
+            raise sink.error
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -141,6 +146,28 @@ def write_match_file(
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+class _Sink(io.FileIO):
+    """A new file that keeps the error of a write, on a full disk for instance.
+
+    HDF5 ends the process with a segmentation fault if it is told of one while it closes a file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """All of the data, unless a write failed; HDF5 sees success."""
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left and self.error is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = error
+        return size
 
 
 def _write_pair(group: Any, found: PairMatches) -> None:

@@ -21,7 +21,7 @@ from eloftr_ops.matching import load_matcher, match_loaded
 from eloftr_ops.reconstruction.bulk import PairChoice, match_pairs
 from eloftr_ops.reconstruction.engine import LocalEngine, MatchSettings, Outcome, PairWorker
 from eloftr_ops.reconstruction.journal import Journal, PairMatches, SettingsError
-from eloftr_ops.reconstruction.match_file import MatchFile
+from eloftr_ops.reconstruction.match_file import MatchFile, write_match_file
 from support.models import random_images, tiny_model
 from support.pair_files import save_image
 
@@ -268,3 +268,24 @@ def test_a_full_disk_leaves_the_journal_whole(tmp_path: Path) -> None:
     journal.append(_pair(2))
     journal.close()
     assert list(Journal(journal.path, {}).pairs()) == [("a", "0"), ("a", "2")]
+
+
+def test_a_disk_that_fills_up_while_the_file_is_written_is_an_error(tmp_path: Path) -> None:
+    """HDF5 alone would end the process when it closes the file."""
+    many = _pair(0)._replace(
+        keypoints0=np.zeros((3000, 2), np.float32),
+        keypoints1=np.zeros((3000, 2), np.float32),
+        confidence=np.zeros(3000, np.float32),
+    )
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (100, 5_000, 40_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            with pytest.raises(FileError, match="cannot be written: File too large"):
+                write_match_file(tmp_path / "m.h5", [many], {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert list(tmp_path.iterdir()) == []
+    write_match_file(tmp_path / "m.h5", [many], {})
+    with MatchFile(tmp_path / "m.h5") as file:
+        assert len(file.read(many.pair).confidence) == 3000
