@@ -35,7 +35,6 @@ from eloftr_ops.reconstruction.journal import PairMatches
 from eloftr_ops.reconstruction.match_file import MatchFile
 from eloftr_ops.reconstruction.picture import color_points, draw_model
 from eloftr_ops.reconstruction.quantisation import quantised_tracks
-from eloftr_ops.reconstruction.second_look import look_again
 from eloftr_ops.reconstruction.sharpening import sharpen_tracks
 from eloftr_ops.reconstruction.tracks import TrackConfig, TrackReport, Tracks, build_tracks
 from eloftr_ops.storage import folder_lock, write_file
@@ -137,6 +136,8 @@ def reconstruct(
             models = _mapped(report, output, choice.folder, threads)
         with _step(report, output, "refinement"):
             if not isinstance(keypoints, Grid):
+                from eloftr_ops.reconstruction.second_look import look_again  # brings OpenCV
+
                 models, tracks = look_again(
                     models,
                     matches,
