@@ -82,13 +82,13 @@ class ObjectiveConfig:
     kind: ObjectiveKind = "supervised"
     draws: int = 2
     matches: int = 384
-    windows: int = 100
+    windows: int = 150
     pixels: int = 4
     hypotheses: int = 64
-    sharpness: float = 40.0
+    sharpness: float = 200.0
     model: Literal["homography", "fundamental"] = "homography"
     cell_threshold: float = 7.0
-    pixel_scale: float = 1.0
+    pixel_scale: float = 0.6
     scale: float = 16.0
     chance: float = 0.05
     penalty: float = 0.25
