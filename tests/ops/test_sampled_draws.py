@@ -13,7 +13,7 @@ from eloftr_kernels.dual_softmax.naive import dense_scores
 from eloftr_kernels.dual_softmax.sampled_pairs import sample_pairs
 from eloftr_kernels.noise import counters, gumbel, keys
 from eloftr_kernels.window_match import pixel_log_joint, windows
-from eloftr_kernels.window_match.sampled_pixels import sample_pixels
+from eloftr_kernels.window_match.sampled_pixels import sample_pixels, window_log_joint
 from support.memory import LargestTensor
 
 FALSE_ALARM = 1e-6  # probability that a right sampler fails; the seeds are fixed, so it does so always or never
@@ -129,3 +129,17 @@ def test_pixels_are_drawn_by_the_joint_probability_of_the_window() -> None:
     kept = expected > 5
     observed = torch.bincount(group[place[:, 0]], minlength=16).double()
     assert _chi_square(observed[kept], expected[kept]) < _most(int(kept.sum()))
+
+
+def test_the_joint_probability_of_windows_in_chunks_is_that_of_the_whole() -> None:
+    generator = torch.Generator().manual_seed(4)
+    map0, map1 = (torch.randn(2, 6, 8, 8, generator=generator).requires_grad_() for _ in "ab")
+    batch, cells0, cells1 = (torch.randint(high, (300,), generator=generator) for high in (2, 4, 4))
+    w0, w1 = windows(map0, batch, cells0, ring=0)[..., :4], windows(map1, batch, cells1, ring=1)[..., :4]
+    expected = pixel_log_joint(w0, w1, 6)
+    found = window_log_joint(map0, map1, batch, cells0, cells1, 2)
+    torch.testing.assert_close(found, expected)
+    pull = torch.randn(found.shape, generator=generator)
+    slopes = torch.autograd.grad((found * pull).sum(), (map0, map1))
+    torch.testing.assert_close(slopes, torch.autograd.grad((expected * pull).sum(), (map0, map1)), rtol=1e-4, atol=1e-4)
+    assert window_log_joint(map0, map1, batch[:0], cells0[:0], cells1[:0], 2).shape == (0, 64, 64)
