@@ -8,6 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+# Roundings between scores that are equal: some are made in the scores themselves, more in the features before them.
+TIE = 8
+
 
 def upcast_for_accumulation(x: Tensor) -> Tensor:
     """``x`` in the dtype that sums of its products are kept in: float64 as it is, all others float32."""
@@ -30,24 +33,44 @@ class Scratch:
         return self._memory[: math.prod(shape)].view(shape)
 
 
-def first_max(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """``x.max(dim)``, the first of equals, as (values, indices); no gradient.
+def tie_margin(magnitude: Tensor) -> Tensor:
+    """How far below the best score another is its equal: ``TIE`` roundings of numbers of this magnitude."""
+    return TIE * torch.finfo(magnitude.dtype).eps * magnitude.abs()
 
-    A CPU finds maxima much sooner than where they are. Where the size allows it, groups of up to 64 are reduced first,
-    and only the winning group is searched.
+
+def first_best(x: Tensor, dim: int, magnitude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The largest values along ``dim`` and the index of the first that is equal to them, but for rounding; no gradient.
+
+    Scores that are equal in theory differ by what the order of summation leaves of them. So all that are within
+    :func:`tie_margin` of the largest are ties, and the lowest index wins, whoever computed the scores.
+
+    Args:
+        x: scores.
+        dim: along which.
+        magnitude: of what ``x`` was computed from, in the shape of the result; default: of the largest value.
     """
     x = x.detach()
+    values = x.amax(dim)
+    return values, first_reaching(x, values - tie_margin(values if magnitude is None else magnitude), dim)
+
+
+def first_reaching(x: Tensor, least: Tensor, dim: int) -> Tensor:
+    """Index of the first value along ``dim`` that is at least ``least``, which has no such dimension; 0 without any.
+
+    A CPU finds maxima much sooner than where they are. Where the size allows it, groups of up to 64 are reduced first,
+    and only the first group that has such a value is searched.
+    """
+    dim %= x.ndim
+    least = least.unsqueeze(dim)
     group = 1 if torch.compiler.is_compiling() else math.gcd(x.shape[dim], 64)
     if x.device.type != "cpu" or group < 32:
-        values, indices = x.max(dim)
-        return values, indices
-    dim %= x.ndim
+        return (x >= least).int().argmax(dim)  # which promises the first
     groups = x.unflatten(dim, (-1, group))
-    winner = groups.amax(dim + 1).max(dim, keepdim=True).indices.unsqueeze(dim + 1)
+    winner = (groups.amax(dim + 1) >= least).int().argmax(dim, keepdim=True).unsqueeze(dim + 1)
     shape = [*groups.shape]
     shape[dim] = 1
-    values, within = groups.gather(dim, winner.expand(shape)).squeeze(dim).max(dim)
-    return values, winner.squeeze(dim + 1).squeeze(dim) * group + within
+    within = (groups.gather(dim, winner.expand(shape)).squeeze(dim) >= least).int().argmax(dim)
+    return winner.squeeze(dim + 1).squeeze(dim) * group + within
 
 
 def two_way_logsumexp(

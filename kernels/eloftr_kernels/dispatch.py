@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -29,6 +30,8 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _choice: ContextVar[Backend] = ContextVar("eloftr_kernels_backend", default="auto")
 # What a traced graph sees: torch.compile can guard a global, but no context variable.
 _latest: Backend = "auto"
+_open_blocks: dict[object, Backend] = {}  # of all threads, in the order of their beginning
+_blocks_lock = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -39,23 +42,33 @@ def backend(name: Backend) -> Iterator[None]:
     ``reference`` always runs PyTorch. ``triton`` runs Triton, on CPU tensors in its interpreter
     (``TRITON_INTERPRET=1``), and an op that cannot raises RuntimeError with the reason.
 
-    The choice belongs to the current thread (context). A function under ``torch.compile`` follows the choice
-    made last in the process, and is compiled again when that changes. A backward pass runs what its forward
-    pass ran.
+    The choice belongs to the current thread (context). A function under ``torch.compile`` follows the block that began
+    last in the process and has not ended, and is compiled again when that changes. A backward pass runs what its
+    forward pass ran.
 
     Raises:
         ValueError: any other name.
     """
-    global _latest
     if name not in get_args(Backend):
         raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {name!r}.")
-    token, outer = _choice.set(name), _latest
-    _latest = name
+    token, block = _choice.set(name), object()
+    _note_block(block, name)
     try:
         yield
     finally:
         _choice.reset(token)
-        _latest = outer
+        _note_block(block, None)
+
+
+def _note_block(block: object, name: Backend | None) -> None:
+    """A block begins, or ends without a name. Blocks of two threads may overlap, so the first may end first."""
+    global _latest
+    with _blocks_lock:
+        if name is None:
+            del _open_blocks[block]
+        else:
+            _open_blocks[block] = name
+        _latest = next(reversed(_open_blocks.values()), "auto")
 
 
 def chosen_backend() -> Backend:

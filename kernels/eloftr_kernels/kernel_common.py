@@ -12,9 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
+from eloftr_kernels.arithmetic import TIE as TIED_ROUNDINGS
 from eloftr_kernels.dispatch import interpreting
 
 NORM_EPS = tl.constexpr(1e-5)  # of torch.nn.functional.layer_norm
+TIE = tl.constexpr(TIED_ROUNDINGS * torch.finfo(torch.float32).eps)  # of a magnitude: what equals the best score
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eloftr_kernels.arithmetic import first_max, two_way_logsumexp
+from eloftr_kernels.arithmetic import first_best, two_way_logsumexp
 
 
 def relative_errors(scores: torch.Tensor) -> list[float]:
@@ -97,6 +97,6 @@ def test_first_of_equal_maxima(size: int, dim: int, values: int, seed: int) -> N
     shape = [2, 3, 5]
     shape[dim] = size
     x = torch.randint(values, shape, generator=torch.Generator().manual_seed(seed)).float()
-    maxima, first = first_max(x, dim)
+    maxima, first = first_best(x, dim, torch.zeros_like(x.amax(dim)))
     assert torch.equal(maxima, x.amax(dim))
     assert first.tolist() == x.numpy().argmax(dim).tolist()  # numpy promises the first

@@ -40,6 +40,28 @@ def test_a_compiled_function_follows_the_choice() -> None:
     assert compiled(x) == 1
 
 
+def test_blocks_of_two_threads_that_overlap_leave_nothing_behind() -> None:
+    """The first to begin ends first. A compiled function then follows the one that is open, and at last none."""
+    compiled = torch.compile(lambda x: x if dispatch.use_triton("op", None) else -x, backend="eager", fullgraph=True)
+    x, inside, leave = torch.ones(1), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with backend("auto"):
+            inside.set()
+            leave.wait(10)
+
+    with backend("reference"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert inside.wait(10)
+        assert compiled(x) == 1  # the other thread's block began last
+    assert compiled(x) == 1
+    leave.set()
+    thread.join()
+    assert compiled(x) == 1
+    assert dispatch._latest == "auto"
+
+
 def test_unknown_backend() -> None:
     with (
         pytest.raises(ValueError, match="expected one of auto, reference, triton, got 'cuda'"),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eloftr_kernels.arithmetic import Scratch, first_max, two_way_logsumexp, upcast_for_accumulation
+from eloftr_kernels.arithmetic import Scratch, first_best, tie_margin, two_way_logsumexp, upcast_for_accumulation
 from eloftr_kernels.dual_softmax.naive import MASKED
 
 BLOCK_ELEMENTS = 1 << 22  # scores held at once: 16 MB in float32
@@ -126,11 +126,11 @@ def mutual_best(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Best partner of every cell under the logarithm of the confidence, :math:`2 s_{ij} - r_i - c_j`.
 
-    Without ``row_lse`` and ``col_lse`` the raw score :math:`s_{ij}` decides (*optimized* inference). Of equal
-    scores the lowest index wins. No gradient.
+    Without ``row_lse`` and ``col_lse`` the raw score :math:`s_{ij}` decides (*optimized* inference). Of scores that
+    are equal but for rounding the lowest index wins (:func:`eloftr_kernels.arithmetic.first_best`). No gradient.
 
     Returns:
-        ``best1`` (B, L) int64, ``best0`` (B, S) int64, and the score (B, L) of each ``best1``.
+        ``best1`` (B, L) int64, ``best0`` (B, S) int64, and the highest score (B, L) of each cell of image 0.
     """
     features0, features1 = upcast_for_accumulation(features0), upcast_for_accumulation(features1)
     if 0 in (features0.shape[1], features1.shape[1]):
@@ -147,8 +147,10 @@ def mutual_best(
                 # Half of 2 s - r - c, doubled at the end: a pass less over the scores. They are those that the
                 # normalisers were computed from, bit for bit, so that rounding cancels in large ones.
                 scores = scores.sub_(row_lse[:, rows, None] / 2).sub_(col_lse[:, None, columns] / 2)
-            _keep_better(score1[:, rows], best1[:, rows], *first_max(scores, 2), columns.start)
-            _keep_better(score0[:, columns], best0[:, columns], *first_max(scores, 1), rows.start)
+            large1 = None if row_lse is None else row_lse[:, rows]
+            large0 = None if col_lse is None else col_lse[:, columns]
+            _keep_better(score1[:, rows], best1[:, rows], *first_best(scores, 2, large1), columns.start, large1)
+            _keep_better(score0[:, columns], best0[:, columns], *first_best(scores, 1, large0), rows.start, large0)
     return best1, best0, score1 if row_lse is None or col_lse is None else 2 * score1
 
 
@@ -184,9 +186,12 @@ def add_block(row_lse: Tensor, col_lse: Tensor, block: Block, scratch: Scratch, 
         lse[:, where] = torch.logaddexp(lse[:, where], part)
 
 
-def _keep_better(score: Tensor, best: Tensor, new_score: Tensor, new_best: Tensor, start: int) -> None:
-    """Replace, in place, what a later block improves on; its indices count from ``start``."""
-    best.copy_(torch.where(new_score > score, new_best + start, best))
+def _keep_better(
+    score: Tensor, best: Tensor, new_score: Tensor, new_best: Tensor, start: int, magnitude: Tensor | None
+) -> None:
+    """Replace, in place, what a later block improves on by more than rounding; its indices count from ``start``."""
+    margin = tie_margin(new_score if magnitude is None else magnitude)
+    best.copy_(torch.where(new_score > score + margin, new_best + start, best))
     torch.maximum(score, new_score, out=score)
 
 
@@ -235,7 +240,7 @@ def _block_size(features1: Tensor) -> tuple[int, int]:
     columns = min(max(1, features1.shape[1]), BLOCK_COLUMNS)
     batch = 1 if torch.compiler.is_compiling() else max(1, features1.shape[0])  # a graph may leave it open
     rows = max(1, BLOCK_ELEMENTS // (batch * columns))
-    return rows if rows < 64 else rows // 64 * 64, columns  # whole groups of first_max
+    return rows if rows < 64 else rows // 64 * 64, columns  # whole groups of first_reaching
 
 
 def block_memory(features0: Tensor, features1: Tensor) -> Scratch:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from eloftr_kernels.arithmetic import first_best
+
 MASKED = -1e9  # the score of a pair with a masked cell: finite, so that no softmax is empty
 
 
@@ -53,13 +55,16 @@ def mutual_best(
     mask0: Tensor | None = None,
     mask1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices (B, L) and (B, S) of the best partners under log P, or under s without normalisers; scores (B, L)."""
+    """Indices (B, L) and (B, S) of the best partners under log P, or under s without normalisers; scores (B, L).
+
+    Of scores that are equal but for rounding the lowest index wins.
+    """
     scores = dense_scores(features0, features1, temperature, mask0, mask1).detach()
     if row_lse is not None and col_lse is not None:
         # Twice the half: large scores and normalisers cancel before anything is doubled.
         scores = 2 * (scores - row_lse[:, :, None] / 2 - col_lse[:, None, :] / 2)
-    best, index0 = scores.max(2)
-    return index0, scores.max(1).indices, best
+    best, index0 = first_best(scores, 2, None if row_lse is None else 2 * row_lse)
+    return index0, first_best(scores, 1, None if col_lse is None else 2 * col_lse)[1], best
 
 
 def _logsumexp(scores: Tensor, dim: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eloftr_kernels.arithmetic import upcast_for_accumulation
+from eloftr_kernels.arithmetic import tie_margin, upcast_for_accumulation
 from eloftr_kernels.dual_softmax.cpu import (
     Block,
     add_block,
@@ -125,10 +125,10 @@ def _best(candidates: Candidates, row_lse: Tensor, col_lse: Tensor) -> tuple[Ten
     return best1, best0, score1
 
 
-def _first_best(owners: Tensor, partners: Tensor, scores: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The partner of each owner with the highest score, of equals the first, and the score; shape of ``like``."""
-    highest = like.new_full((like.numel(),), -torch.inf).scatter_reduce_(0, owners, scores, "amax")
-    reached = scores == highest[owners]
-    best = torch.zeros(like.numel(), dtype=torch.int64, device=like.device)
+def _first_best(owners: Tensor, partners: Tensor, scores: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The partner of each owner with the highest score, of ties the first, and the score; shape of ``lse``."""
+    highest = lse.new_full((lse.numel(),), -torch.inf).scatter_reduce_(0, owners, scores, "amax")
+    reached = scores >= (highest - tie_margin(2 * lse.flatten()))[owners]
+    best = torch.zeros(lse.numel(), dtype=torch.int64, device=lse.device)
     best.scatter_reduce_(0, owners[reached], partners[reached], "amin", include_self=False)
-    return best.view_as(like), highest.view_as(like)
+    return best.view_as(lse), highest.view_as(lse)

@@ -93,7 +93,8 @@ def mutual_best(
     Without ``row_lse`` and ``col_lse`` the raw score :math:`s_{ij}` decides (*optimized* inference).
 
     Convention:
-        Of equal scores the lowest index wins. No gradient. The best partner of a masked cell is not defined.
+        Of scores that are equal but for rounding (:func:`eloftr_kernels.arithmetic.first_best`) the lowest index wins;
+        in the kernels, of scores that are equal. No gradient. The best partner of a masked cell is not defined.
         With no cell in the other image the index is 0 and the score -inf.
 
     Args:
@@ -107,8 +108,8 @@ def mutual_best(
         product_dtype: as for :func:`dual_softmax_lse`.
 
     Returns:
-        ``best1`` (B, L) int64, ``best0`` (B, S) int64, and the score (B, L) of each ``best1``, float32
-        (float64 for float64 input).
+        ``best1`` (B, L) int64, ``best0`` (B, S) int64, and the highest score (B, L) of each cell of
+        image 0, float32 (float64 for float64 input).
 
     Raises:
         ValueError: as :func:`dual_softmax_lse`, or one normaliser without the other.

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from eloftr_kernels.arithmetic import Scratch, first_max, two_way_logsumexp, upcast_for_accumulation
+from eloftr_kernels.arithmetic import (
+    Scratch,
+    first_best,
+    first_reaching,
+    tie_margin,
+    two_way_logsumexp,
+    upcast_for_accumulation,
+)
 from eloftr_kernels.dispatch import is_cpu_inference
 from eloftr_kernels.window_match.naive import (
     RING,
@@ -182,11 +189,13 @@ def _longest(vectors: Tensor) -> Tensor:
 
 
 def _best_pixels(halves: Tensor, over1: Tensor) -> tuple[Tensor, Tensor]:
-    """Arg-max pixel pair of what :func:`_half_log_joint` returns, the first of equals: (M,) and (M,)."""
-    halves = halves.detach()
-    index0 = first_max(halves.amax(2) - over1.detach() / 2, 1)[1]
-    row = halves.gather(1, index0[:, None, None].expand(-1, 1, halves.shape[2]))
-    return index0, first_max(row[:, 0], 1)[1]
+    """Arg-max pixel pair of what :func:`_half_log_joint` returns, the first of ties: (M,) and (M,)."""
+    halves, over1 = halves.detach(), over1.detach()
+    magnitude = over1.abs().amax(1)
+    best, index0 = first_best(halves.amax(2) - over1 / 2, 1, magnitude)
+    row = halves.gather(1, index0[:, None, None].expand(-1, 1, halves.shape[2]))[:, 0]
+    row = row - over1.gather(1, index0[:, None]) / 2  # as above, for the same bits
+    return index0, first_reaching(row, best - tie_margin(magnitude), 1)
 
 
 def _upsampling_matrix(ring: int, like: Tensor) -> Tensor:

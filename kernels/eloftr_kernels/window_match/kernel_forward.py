@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from eloftr_kernels import dispatch
+from eloftr_kernels.kernel_common import TIE
 from eloftr_kernels.window_match import naive
 
 WINDOW = tl.constexpr(naive.WINDOW)  # pixels per side of the window of image 0
@@ -178,12 +179,17 @@ def _window_match_fwd(
     )  # fmt: skip
     coarse0 = tl.where((channel < coarse_channels)[None, :], window0, 0.0).to(DOT)
     scores = tl.dot(coarse0, tl.trans(window1), input_precision=PRECISION) / D
-    joint, _, _ = _log_joint(scores)
+    joint, _, over1 = _log_joint(scores)
 
-    value, ring_index = tl.max(joint, 1, return_indices=True, return_indices_tie_break_left=True)
-    top, index0 = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
-    pixel = tl.arange(0, PIXELS)
+    # The first that equals the best but for rounding; with a NaN in the maps there is none, and pixel 0 is as good.
+    pixel, ring = tl.arange(0, PIXELS), tl.arange(0, RING_PIXELS)
+    top = tl.max(tl.max(joint, 1), 0)
+    reached = joint >= top - 2 * TIE * tl.max(tl.abs(over1), 0)
+    ring_index = tl.min(tl.where(reached, ring[None, :], RING_PIXELS), 1)
+    index0 = tl.min(tl.where(ring_index < RING_PIXELS, pixel, PIXELS), 0)
+    index0 = tl.where(index0 < PIXELS, index0, 0)
     ring_index = tl.sum(tl.where(pixel == index0, ring_index, 0), 0)
+    ring_index = tl.where(ring_index < RING_PIXELS, ring_index, SIDE + 1)
     y1, x1 = ring_index // SIDE - 1, ring_index % SIDE - 1
     tl.store(best_ptr + m, (index0 * PIXELS + y1 * WINDOW + x1).to(tl.int64))
     known = tl.where(valid, 0.0, float("nan"))  # what is added to every result
@@ -201,7 +207,6 @@ def _window_match_fwd(
         probability = tl.exp((joint - top) * soft_scale)
         over_pixels0, over_pixels1 = tl.sum(probability, 1), tl.sum(probability, 0)
         total = tl.sum(over_pixels0, 0) + known
-        ring = tl.arange(0, RING_PIXELS)
         tl.store(expected0_ptr + 2 * m, tl.sum(over_pixels0 * (pixel % WINDOW - 3.5), 0) / total)
         tl.store(expected0_ptr + 2 * m + 1, tl.sum(over_pixels0 * (pixel // WINDOW - 3.5), 0) / total)
         tl.store(expected1_ptr + 2 * m, tl.sum(over_pixels1 * (ring % SIDE - 4.5), 0) / total)

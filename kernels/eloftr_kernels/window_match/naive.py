@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eloftr_kernels.arithmetic import upcast_for_accumulation
+from eloftr_kernels.arithmetic import first_best, upcast_for_accumulation
 
 WINDOW = 8  # pixels per side of a coarse cell
 RING = 1  # pixels around the window of image 1, so that every 3x3 neighbourhood is complete
@@ -50,7 +50,10 @@ def window_match(
     centred_subpixel: bool = False,
     soft_temperature: float | None = None,
 ) -> WindowMatches:
-    """Pixel pair by dual softmax and arg-max, then sub-pixel offset by soft-argmax; the first of equals wins."""
+    """Pixel pair by dual softmax and arg-max, then sub-pixel offset by soft-argmax.
+
+    Of probabilities that are equal but for rounding the lowest pixel of image 0, then of image 1, wins.
+    """
     sizes = [map0.shape[1] - subpixel_channels, subpixel_channels]
     coarse0, sub0 = dense_windows(map0, batch, cells0, ring=0).split(sizes, -1)
     coarse1, sub1 = dense_windows(map1, batch, cells1, ring=RING).split(sizes, -1)
@@ -58,7 +61,8 @@ def window_match(
     side = slice(RING, RING + WINDOW)
     joint = (scores.log_softmax(1) + scores.log_softmax(2)).unflatten(2, (WINDOW + 2 * RING, -1))
     joint = joint[:, :, side, side].flatten(2)  # (M, 64, 64), logarithm
-    best = joint.detach().flatten(1).max(1).indices
+    magnitude = 2 * scores.detach().logsumexp(2).abs().amax(1)
+    best = first_best(joint.flatten(1), 1, magnitude)[1]
     index0, index1 = best // WINDOW**2, best % WINDOW**2
     subpixel1 = subpixel_expectation(sub0, sub1, index0, index1, subpixel_temperature, centred_subpixel)
     grid, expected0, expected1 = pixel_offsets(joint), None, None

@@ -50,8 +50,9 @@ def window_match(
 
     Convention:
         Offsets are (x, y) in pixels from the frame position 8 * (column, row) of each match's cell. Gradient
-        reaches both maps through ``subpixel1`` and the expectations; the arg-max pixels have none. Of equal
-        probabilities the lowest pixel of image 0, then of image 1, wins. No match gives empty fields and zero
+        reaches both maps through ``subpixel1`` and the expectations; the arg-max pixels have none. Of probabilities
+        that are equal but for rounding (:func:`eloftr_kernels.arithmetic.first_best`) the lowest pixel of image 0,
+        then of image 1, wins. No match gives empty fields and zero
         gradients. The kernels add up gradients in a fixed order; they have no second derivative and say so;
         the reference has. Indices must name cells of the maps. On the CPU others raise; on a GPU, where
         reading them would wait for the device, a match outside the maps gets NaN and gives no gradient.
