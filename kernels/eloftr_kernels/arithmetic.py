@@ -35,7 +35,7 @@ class Scratch:
 
 def tie_margin(magnitude: Tensor) -> Tensor:
     """How far below the best score another is its equal: ``TIE`` roundings of numbers of this magnitude."""
-    return TIE * torch.finfo(magnitude.dtype).eps * magnitude.abs()
+    return magnitude.abs() * (TIE * torch.finfo(magnitude.dtype).eps)
 
 
 def first_best(x: Tensor, dim: int, magnitude: Tensor | None = None) -> tuple[Tensor, Tensor]:
