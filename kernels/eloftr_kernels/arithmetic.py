@@ -70,7 +70,8 @@ def first_reaching(x: Tensor, least: Tensor, dim: int) -> Tensor:
     shape = [*groups.shape]
     shape[dim] = 1
     within = (groups.gather(dim, winner.expand(shape)).squeeze(dim) >= least).int().argmax(dim)
-    return winner.squeeze(dim + 1).squeeze(dim) * group + within
+    found: Tensor = winner.squeeze(dim + 1).squeeze(dim) * group + within
+    return found
 
 
 def two_way_logsumexp(
