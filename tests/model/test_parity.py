@@ -122,7 +122,10 @@ def test_optimized(fast: bool) -> None:
     threshold = float(reference()["optimized/threshold"])
     model = golden_model(score="similarity", threshold=threshold)
     model = model.optimize_for_inference() if fast else model
-    _check("optimized", _match(model, image("image0", 0), image("image1", 0)))
+    out = _match(model, image("image0", 0), image("image1", 0))
+    # One score of the pair lies on the threshold, to seven digits: on which side is a matter of rounding.
+    clear = out["confidence"] > threshold * (1 + 1e-5)
+    _check("optimized", {key: value[clear] for key, value in out.items()})
 
 
 @pytest.mark.parametrize("fast", [False, True])
