@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eloftr_kernels.window_match import WindowMoments
+from eloftr_kernels.window_match.moments import WindowMoments
 
 ROUNDNESS = 0.1  # of an ellipse, whatever the moments: its axes differ by a factor of 4.6 at most
 LEAST_VARIANCE = 0.01  # pixels squared, added to the mean variance of a window

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eloftr_kernels import WindowMatches, window_match
-from eloftr_kernels.window_match import WindowMoments, window_moments
+from eloftr_kernels.window_match.moments import WindowMoments, window_moments
 from eloftr_ops.config import EfficientLoFTRConfig, GradientMode
 from eloftr_ops.model.backbone import fold_batch_norm
 from eloftr_ops.model.covariance import calibrated_covariances

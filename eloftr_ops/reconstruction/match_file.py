@@ -169,6 +169,17 @@ class _Sink(io.FileIO):
             self.error = error
         return size
 
+    def truncate(self, size: int | None = None) -> int:
+        """To ``size``, unless it or a write failed."""
+        try:
+            return super().truncate(size) if self.error is None else self.tell()
+        except OSError as error:
+            self.error = error
+            return self.tell()
+
+    def flush(self) -> None:
+        """Nothing is held back: a file of this kind has no buffer."""
+
 
 def _write_pair(group: Any, found: PairMatches) -> None:
     group.attrs["names"] = json.dumps(found.pair)

@@ -25,10 +25,12 @@ _OPS = ("aggregated_attention", "dual_softmax", "upsample_mlp", "window_match")
 SOURCES = {
     **{f"{name}.py": f"eloftr_ops/{name}.py" for name in ("config", "types", "checks")},
     **{
-        f"{name}.py": f"eloftr_ops/model/{name}.py" for name in ("backbone", "transformer", "coarse", "fine", "matcher")
+        f"{name}.py": f"eloftr_ops/model/{name}.py"
+        for name in ("backbone", "transformer", "coarse", "covariance", "fine", "matcher")
     },
     "ops/arithmetic.py": "kernels/eloftr_kernels/arithmetic.py",
     **{f"ops/{op}/{name}.py": f"kernels/eloftr_kernels/{op}/{name}.py" for op in _OPS for name in ("naive", "cpu")},
+    "ops/window_match/moments.py": "kernels/eloftr_kernels/window_match/moments.py",
 }
 TEMPLATES = {
     "__init__.py": "package.py.in",
