@@ -8,9 +8,11 @@ time per pair, and whether every gradient of the differentiable consensus is fin
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,30 +126,38 @@ class Line(NamedTuple):
 
 def measured(model: str, backend: str, wrong: float, arguments: argparse.Namespace) -> Line:
     """Run one estimator on all problems of one share of wrong matches."""
-    found, seconds = [], 0.0
-    for start in range(0, arguments.problems, BATCH):
-        data = problems(model, BATCH, arguments.matches, wrong, noise=arguments.noise, seed=arguments.seed + start)
-        cameras = {"K0": data.K, "K1": data.K} if model == "pose" else {}
-        began = time.process_time()
-        estimate = estimate_robust(
-            *data.matches,
-            batch_size=BATCH,
-            model=model,
-            backend=backend,
-            threshold=arguments.threshold,
-            **cameras,
-        )
-        seconds += time.process_time() - began
-        error = errors(model, estimate.model_0to1, data)
-        found.append(torch.stack([torch.where(estimate.valid, error, math.inf), estimate.valid.double()]))
-    error, valid = torch.cat(found, dim=1)
+    batches = [batch_measured(model, backend, wrong, start, arguments) for start in range(0, arguments.problems, BATCH)]
+    error, valid = (torch.tensor([x for batch in batches for x in batch[name]]) for name in ("errors", "valid"))
     success = error < SUCCESS[model]
     return Line(
         float(error.median()),
         float(success.double().mean()),
-        float((valid.bool() & ~success).double().mean()),
-        1000.0 * seconds / error.shape[0],
+        float((valid & ~success).double().mean()),
+        1000.0 * sum(batch["seconds"] for batch in batches) / error.shape[0],
     )
+
+
+def batch_measured(model: str, backend: str, wrong: float, start: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Errors, flags and CPU seconds of one batch: from the record, or measured and added to it."""
+    key = [model, backend, wrong, arguments.seed + start, arguments.matches, arguments.noise, arguments.threshold]
+    if arguments.record is not None and arguments.record.exists():
+        for line in arguments.record.read_text().splitlines():
+            kept: dict[str, Any] = json.loads(line)
+            if kept["key"] == key:
+                return kept
+    data = problems(model, BATCH, arguments.matches, wrong, noise=arguments.noise, seed=arguments.seed + start)
+    cameras = {"K0": data.K, "K1": data.K} if model == "pose" else {}
+    began = time.process_time()
+    estimate = estimate_robust(
+        *data.matches, batch_size=BATCH, model=model, backend=backend, threshold=arguments.threshold, **cameras
+    )
+    seconds = time.process_time() - began
+    error = torch.where(estimate.valid, errors(model, estimate.model_0to1, data), math.inf)
+    found = {"key": key, "errors": error.tolist(), "valid": estimate.valid.tolist(), "seconds": seconds}
+    if arguments.record is not None:
+        with arguments.record.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+    return found
 
 
 class GradientLine(NamedTuple):
@@ -206,6 +216,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["homography", "fundamental", "pose"])
     parser.add_argument("--backends", nargs="+", default=["opencv", "poselib", "torch"])
     parser.add_argument("--wrong", nargs="+", type=float, default=[0.3, 0.5, 0.7, 0.8])
+    parser.add_argument("--record", type=Path, help="file of finished batches; a second run goes on where it ended")
     parser.add_argument("--no-gradients", action="store_true")
     arguments = parser.parse_args()
     print(

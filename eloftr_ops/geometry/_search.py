@@ -104,11 +104,15 @@ def search(
         part, drawn = problem.of_pairs(pairs), drawn + samples
         kept = Candidates(*(x[pairs] for x in found))
         noise = gumbel_noise(part.weights.shape[1], samples, torch.Generator().manual_seed(seed))
-        kept = _scored(part, kept, draw_samples(part.weights, noise.to(part.scale.device), size))
+        # Each round's own candidates are improved: a minimal model of right matches is less accurate than an improved
+        # model of wrong ones, and would never be among the best of all rounds.
+        fresh = Candidates.none_yet(part, keep)
+        fresh = _scored(part, fresh, draw_samples(part.weights, noise.to(part.scale.device), size))
+        kept = kept.best_with(fresh)
         if improve is not None:
-            better = improve(part, kept.matrices)
+            better = improve(part, fresh.matrices)
             first = better.shape[1]
-            kept = kept.best_with(Candidates(better, cost_of(part, better), kept.samples[:, :first]))
+            kept = kept.best_with(Candidates(better, cost_of(part, better), fresh.samples[:, :first]))
         found = Candidates(*(x.index_copy(0, pairs, y) for x, y in zip(found, kept, strict=True)))
         if confidence is not None:
             pairs = pairs[_needed(part, kept.matrices[:, :1], confidence) > drawn]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eloftr_ops.geometry import consensus_from_matches, estimate_robust
+from eloftr_ops.geometry._search import Problem, search
 from eloftr_ops.losses import corner_error_loss, sampson_loss
 from support.gradients import check_gradients, finite_gradients
 from support.two_view import angle_between, direction_between, planar_scene, scene
@@ -83,6 +84,25 @@ def test_pairs_that_determine_nothing_get_no_probability_and_no_gradient(model: 
     gradients = finite_gradients(loss, [*leaves, weights])
     assert bool(gradients[0].any())
     assert not any(bool(g[30:60].any()) for g in gradients)  # one point repeated: exactly zero
+
+
+def test_each_round_improves_its_own_candidates() -> None:
+    """An improved model of wrong matches does not keep the raw models of later rounds from being improved."""
+    planar = planar_scene(1, 40, seed=12, noise=0.5, wrong=0.6)
+    unit = torch.diag(torch.tensor([1 / 320.0, 1 / 320.0, 1.0], dtype=torch.float64))
+    points0, points1 = (x[None] / 320.0 for x in planar.matches[:2])
+    problem = Problem("homography", points0, points1, torch.ones_like(points0[..., 0]), points0.new_full((1,), 0.01))
+    truth = unit @ planar.H_0to1 @ unit.inverse()
+    seen: list[Tensor] = []
+
+    def improve(_: Problem, matrices: Tensor) -> Tensor:
+        seen.append(matrices)
+        return truth.expand_as(matrices)
+
+    found = search(problem, 4, max_samples=1024, improve=improve)
+    assert len(seen) == 3
+    assert torch.equal(found.matrices, truth.expand(1, 4, 3, 3))  # nothing raw is better
+    assert not any(torch.equal(raw, truth[0]) for raw in torch.cat(seen).flatten(0, 1))
 
 
 def test_a_pair_gets_the_same_answer_alone_and_in_a_batch() -> None:
